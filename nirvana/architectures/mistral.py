@@ -1,0 +1,16 @@
+"""Mistral: Llama's blocks without biases, with a sliding window that pruning does not touch."""
+
+from transformers import MistralConfig
+
+from nirvana.architectures.decoder import DecoderFamily
+from nirvana.checkpoint.pruned_decoder import PrunedMistralConfig
+
+
+class Mistral(DecoderFamily):
+    name = "mistral"
+    model_class = "MistralForCausalLM"
+    stock_config = MistralConfig
+    pruned_class = PrunedMistralConfig
+
+
+FAMILY = Mistral()

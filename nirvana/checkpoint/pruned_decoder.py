@@ -1,0 +1,148 @@
+"""Decoder models whose layers differ in width: the stock classes, built from `config.per_layer_config`.
+
+transformers parses and saves `per_layer_config` (a sparse map from layer index to the attributes that differ there)
+but builds no Llama, Mistral, Qwen2 or Qwen3 from it. These classes do: each layer is the stock layer, given its own
+resolved configuration. Forward pass, cache, attention back ends and tensor names are the stock ones.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+from huggingface_hub.dataclasses import strict
+from torch import nn
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlamaModel,
+    MistralConfig,
+    MistralForCausalLM,
+    MistralModel,
+    PreTrainedConfig,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen2Model,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    Qwen3Model,
+)
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+from transformers.models.mistral.modeling_mistral import MistralDecoderLayer
+from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer
+from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer
+
+
+@contextlib.contextmanager
+def layers_hidden(config: PreTrainedConfig) -> Iterator[None]:
+    """Inside, `config` has no layers: the stock constructors build embeddings, norm and head, but no layer, which they
+    could not size. The very object is changed, not a copy, because they also write to it (attention back end)."""
+    overrides, depth = config.__dict__.pop("_heterogeneity_spec", None), config.num_hidden_layers
+    config.num_hidden_layers = 0
+    try:
+        yield
+    finally:
+        config.num_hidden_layers = depth
+        if overrides is not None:
+            config._heterogeneity_spec = overrides
+
+
+class _PerLayerBackbone:
+    """Mixin before a stock model class: one stock `layer_class` per layer, each with its own widths."""
+
+    layer_class: type[nn.Module]
+
+    def __init__(self, config: PreTrainedConfig):
+        with layers_hidden(config):
+            super().__init__(config)
+        self.layers = nn.ModuleList(
+            self.layer_class(config.per_layer_config[index], index) for index in range(config.num_hidden_layers)
+        )
+        for layer in self.layers:
+            # set_attn_implementation() changes the model's configuration: the layers must read that same object.
+            layer.self_attn.config = config
+        self.post_init()
+
+
+class _PerLayerCausalLM:
+    """Mixin before a stock class with a language-model head: its backbone becomes `backbone_class`."""
+
+    backbone_class: type[nn.Module]
+
+    def __init__(self, config: PreTrainedConfig):
+        with layers_hidden(config):
+            super().__init__(config)
+        self.model = self.backbone_class(config)
+        self.post_init()
+
+
+class _PerLayerValidation:
+    """Replaces the stock check `hidden_size % num_attention_heads == 0`: head_dim is explicit, so it need not hold."""
+
+    def validate_architecture(self):
+        for index, layer in enumerate(self.per_layer_config):
+            heads, groups = layer.num_attention_heads, layer.num_key_value_heads
+            if heads % groups:
+                raise ValueError(
+                    f"layer {index}: num_attention_heads ({heads}) is not a multiple of num_key_value_heads ({groups})"
+                )
+
+
+@strict
+class PrunedLlamaConfig(_PerLayerValidation, LlamaConfig):
+    model_type = "pruned_llama"
+
+
+class PrunedLlamaModel(_PerLayerBackbone, LlamaModel):
+    config_class = PrunedLlamaConfig
+    layer_class = LlamaDecoderLayer
+
+
+class PrunedLlamaForCausalLM(_PerLayerCausalLM, LlamaForCausalLM):
+    config_class = PrunedLlamaConfig
+    backbone_class = PrunedLlamaModel
+
+
+@strict
+class PrunedMistralConfig(_PerLayerValidation, MistralConfig):
+    model_type = "pruned_mistral"
+
+
+class PrunedMistralModel(_PerLayerBackbone, MistralModel):
+    config_class = PrunedMistralConfig
+    layer_class = MistralDecoderLayer
+
+
+class PrunedMistralForCausalLM(_PerLayerCausalLM, MistralForCausalLM):
+    config_class = PrunedMistralConfig
+    backbone_class = PrunedMistralModel
+
+
+@strict
+class PrunedQwen2Config(_PerLayerValidation, Qwen2Config):
+    model_type = "pruned_qwen2"
+
+
+class PrunedQwen2Model(_PerLayerBackbone, Qwen2Model):
+    config_class = PrunedQwen2Config
+    layer_class = Qwen2DecoderLayer
+
+
+class PrunedQwen2ForCausalLM(_PerLayerCausalLM, Qwen2ForCausalLM):
+    config_class = PrunedQwen2Config
+    backbone_class = PrunedQwen2Model
+
+
+@strict
+class PrunedQwen3Config(_PerLayerValidation, Qwen3Config):
+    model_type = "pruned_qwen3"
+
+
+class PrunedQwen3Model(_PerLayerBackbone, Qwen3Model):
+    config_class = PrunedQwen3Config
+    layer_class = Qwen3DecoderLayer
+
+
+class PrunedQwen3ForCausalLM(_PerLayerCausalLM, Qwen3ForCausalLM):
+    config_class = PrunedQwen3Config
+    backbone_class = PrunedQwen3Model

@@ -1,0 +1,63 @@
+"""The checkpoint folder: weights, configuration, tokenizer and plan, under the names that transformers reads."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
+
+from nirvana.checkpoint.atomic import atomic_directory
+from nirvana.checkpoint.writer import SHARD_SIZE, write_weights
+from nirvana.errors import NirvanaError
+from nirvana.plan import PruningPlan
+from nirvana.progress import Progress
+from nirvana.slicing import SlicedTensors
+
+PLAN_FILE = "nirvana_plan.json"
+
+#: Text whose token ids must survive the change of model type: words, numbers, spaces, newlines, accents, code.
+PROBE = "The 3 naïve résumés, 1024 tokens\n\n    def f(x): return x**2  # “quoted” … 你好"
+
+
+def save_checkpoint(
+    out: str | Path,
+    sliced: SlicedTensors,
+    plan: PruningPlan,
+    *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    generation_config: GenerationConfig | None = None,
+    overwrite: bool = False,
+    shard_size: str | int = SHARD_SIZE,
+    progress: Progress | None = None,
+) -> Path:
+    """Write the folder. It appears whole or not at all.
+
+    Raises:
+        NirvanaError: `out` exists and `overwrite` is false, or it cannot be written.
+    """
+    tensors = sliced.info()
+    stage = (progress or Progress()).stage("save", sum(info.nbytes for info in tensors.values()), "B")
+    with atomic_directory(out, overwrite) as folder:
+        with stage as advance:
+            write_weights(folder, tensors, sliced.load, shard_size, advance)
+        config = copy.deepcopy(sliced.config)
+        config.dtype = sliced.dtype
+        config.save_pretrained(folder)
+        if generation_config is not None:
+            generation_config.save_pretrained(folder)
+        if tokenizer is not None:
+            _save_tokenizer(tokenizer, folder)
+        (folder / PLAN_FILE).write_text(plan.to_json())
+    return Path(out).absolute()
+
+
+def _save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Save, open again, compare: transformers may pick another tokenizer class for another model_type, silently."""
+    tokenizer.save_pretrained(folder)
+    saved = AutoTokenizer.from_pretrained(folder)
+    if saved(PROBE)["input_ids"] != tokenizer(PROBE)["input_ids"]:
+        raise NirvanaError(
+            f"the tokenizer {type(tokenizer).__name__} is read back as {type(saved).__name__} with other token ids; "
+            "save it as a fast tokenizer (tokenizer.json) in the source checkpoint"
+        )

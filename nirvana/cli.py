@@ -1,0 +1,101 @@
+"""The command line: ``nirvana prune | score | plan | apply | eval | info``."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import signal
+import sys
+import warnings
+from collections.abc import Sequence
+from typing import NoReturn
+
+from nirvana import __version__
+from nirvana.commands import apply, eval, info, plan, prune, score
+from nirvana.errors import NirvanaError
+
+COMMANDS = {
+    "prune": prune,
+    "score": score,
+    "plan": plan,
+    "apply": apply,
+    "eval": eval,
+    "info": info,
+}
+
+DESCRIPTION = """\
+Structured pruning for large language models: removes whole MLP neurons and attention key/value groups, so that what
+is left is a smaller dense model. 'prune' goes the whole way; 'score', 'plan' and 'apply' are its stages.
+"""
+
+EPILOG = """\
+first steps:
+  nirvana prune demo --sparsity 0.2 --out smaller --evaluate
+  nirvana info smaller
+
+exit codes: 0 done, 2 bad input (one line on stderr), 130 interrupted, 1 anything else
+"""
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """One line, like every other refusal; argparse would print the usage before it."""
+        self.exit(2, f"{self.prog}: {message}; see {self.prog} --help\n")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    layout = argparse.RawDescriptionHelpFormatter
+    parser = Parser(prog="nirvana", description=DESCRIPTION, epilog=EPILOG, formatter_class=layout)
+    parser.add_argument("--version", action="version", version=f"nirvana {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    for name, module in COMMANDS.items():
+        command = commands.add_parser(
+            name, help=module.HELP, description=module.HELP, epilog=module.EPILOG, formatter_class=layout
+        )
+        module.add_arguments(command)
+        command.add_argument("--json", action="store_true", help="print the result as JSON, without progress bars")
+        command.add_argument("--quiet", action="store_true", help="no progress bars")
+        command.add_argument("--debug", action="store_true", help="show the traceback of a refusal")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command. Returns the exit code."""
+    args = build_parser().parse_args(argv)
+    _silence_libraries()
+    # A polite kill unwinds like Ctrl-C, so that temporary folders go.
+    signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        COMMANDS[args.command].run(args)
+    except NirvanaError as error:
+        if args.debug:
+            raise
+        print(f"nirvana {args.command}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"nirvana {args.command}: interrupted; nothing was written", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        # The reader (head, less) has gone: no more to say, and nothing at exit either.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    return 0
+
+
+def _interrupt(number: int, frame: object) -> NoReturn:
+    raise KeyboardInterrupt
+
+
+def _silence_libraries() -> None:
+    """Their notes are not about what the user asked; ours are the only lines on stderr."""
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""The subcommands of ``nirvana``: one file each, with its options and what it prints."""

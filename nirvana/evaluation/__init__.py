@@ -1,0 +1,1 @@
+"""What a model lost and gained: perplexity, KL divergence, generation, latency, memory."""

@@ -1,0 +1,167 @@
+"""MODEL as users write it (Hub id, checkpoint folder, .gguf file, ``demo``) -> configuration, model, tokenizer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download
+from safetensors import SafetensorError
+from transformers import (
+    AutoConfig,
+    AutoTokenizer,
+    GenerationConfig,
+    GgufConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from nirvana.architectures import describe
+from nirvana.demo import NAME as DEMO
+from nirvana.demo import demo_checkpoint
+from nirvana.errors import NirvanaError
+from nirvana.parameters import auto_class
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """Where a model comes from.
+
+    Attributes:
+        name: what the user wrote.
+        path: folder or Hub id for transformers.
+        gguf: file name inside `path`, for a GGUF model.
+        trust_remote_code: let transformers run code from the checkpoint; off unless the user turns it on.
+    """
+
+    name: str
+    path: str
+    gguf: str | None = None
+    trust_remote_code: bool = False
+
+    @property
+    def _options(self) -> dict[str, Any]:
+        options: dict[str, Any] = {"trust_remote_code": self.trust_remote_code}
+        if self.gguf:
+            options["gguf_file"] = self.gguf
+        return options
+
+    def config(self) -> PreTrainedConfig:
+        """The configuration; the family is checked before any weight is read."""
+        try:
+            config = AutoConfig.from_pretrained(self.path, **self._options)
+        except (OSError, ValueError, KeyError) as error:
+            raise NirvanaError(f"cannot open model {self.name!r}: {_first_line(error)}") from None
+        describe(config)
+        # The plan names its base as the user did, not by the folder that "demo" or a cache stands for.
+        config._name_or_path = self.name
+        return config
+
+    def model(self, dtype: str = "auto", device: str = "auto") -> PreTrainedModel:
+        """The model in evaluation mode.
+
+        Args:
+            dtype: "auto" (as stored; GGUF becomes float32), "float32", "bfloat16" or "float16".
+            device: "auto" (CUDA where there is one), or a torch device.
+
+        Raises:
+            NirvanaError: not found, unknown family, damaged weights, unknown dtype or device.
+        """
+        place = resolve_device(device)
+        options = self._options
+        if self.gguf:
+            options["quantization_config"] = GgufConfig(dequantize=True)
+        else:
+            options["use_safetensors"] = True
+        options["dtype"] = resolve_dtype(dtype) or ("auto" if not self.gguf else torch.float32)
+        config = self.config()
+        try:
+            model = auto_class(config).from_pretrained(self.path, **options)
+        except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+            raise NirvanaError(f"cannot load the weights of {self.name!r}: {_first_line(error)}") from None
+        model.config._name_or_path = self.name
+        return model.to(place).eval()
+
+    def folder(self) -> Path:
+        """The folder that holds the weights; a Hub model is downloaded into the Hub's own cache."""
+        if Path(self.path).is_dir():
+            return Path(self.path)
+        try:
+            return Path(snapshot_download(self.path, allow_patterns=["*.safetensors", "*.json"]))
+        except (OSError, ValueError) as error:
+            raise NirvanaError(f"cannot download {self.name!r}: {_first_line(error)}") from None
+
+    def generation_config(self) -> GenerationConfig | None:
+        """The defaults for generation that come with the checkpoint, if any."""
+        if self.gguf:
+            return None
+        try:
+            return GenerationConfig.from_pretrained(self.path)
+        except OSError:
+            # transformers says so for a checkpoint that has none, which is no fault.
+            return None
+
+    def tokenizer(self) -> PreTrainedTokenizerBase | None:
+        """The tokenizer, or None where the checkpoint has none (pre-tokenised calibration still works)."""
+        folder = Path(self.path)
+        if folder.is_dir() and not self.gguf and not any((folder / file).is_file() for file in TOKENIZER_FILES):
+            return None
+        try:
+            return AutoTokenizer.from_pretrained(self.path, **self._options)
+        except (OSError, ValueError, KeyError, ImportError) as error:
+            raise NirvanaError(f"cannot load the tokenizer of {self.name!r}: {_first_line(error)}") from None
+
+
+#: One of these makes a tokenizer.
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "tokenizer_config.json")
+
+
+def resolve(name: str | Path, trust_remote_code: bool = False) -> ModelSource:
+    """Find out what MODEL means, without reading weights.
+
+    Raises:
+        NirvanaError: a file or folder that is no model.
+    """
+    path = Path(name)
+    if str(name) == DEMO:
+        return ModelSource(DEMO, str(demo_checkpoint()))
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise NirvanaError(f"no file {path}")
+        return ModelSource(str(name), str(path.parent), path.name)
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise NirvanaError(f"folder {path} has no config.json, so it is no checkpoint")
+    elif path.exists():
+        raise NirvanaError(f"{path} is neither a checkpoint folder nor a .gguf file")
+    elif path.is_absolute() or str(name).count("/") > 1 or str(name).startswith("."):
+        raise NirvanaError(f"no folder {path}; give a checkpoint folder, a .gguf file, a Hub id or 'demo'")
+    return ModelSource(str(name), str(name), trust_remote_code=trust_remote_code)
+
+
+def resolve_device(device: str) -> torch.device:
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        place = torch.device(device)
+        torch.empty(0, device=place)
+    except (RuntimeError, AssertionError) as error:
+        raise NirvanaError(f"--device {device!r} cannot be used: {_first_line(error)}") from None
+    return place
+
+
+def resolve_dtype(dtype: str) -> torch.dtype | None:
+    """None stands for "auto": the type that is stored."""
+    if dtype != "auto" and dtype not in DTYPES:
+        raise NirvanaError(f"--dtype {dtype!r} must be one of auto, {', '.join(DTYPES)}")
+    return DTYPES.get(dtype)
+
+
+def _first_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__

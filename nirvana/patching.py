@@ -1,0 +1,22 @@
+"""Replace a module's forward for a while."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+
+from torch import nn
+
+
+@contextlib.contextmanager
+def forward_replaced(module: nn.Module, wrap: Callable[[Callable], Callable]) -> Iterator[None]:
+    """Inside, `module.forward` is ``wrap(module.forward)``. A forward that others put on the instance comes back."""
+    own = module.__dict__.get("forward")
+    module.forward = wrap(module.forward)
+    try:
+        yield
+    finally:
+        if own is None:
+            del module.forward
+        else:
+            module.forward = own

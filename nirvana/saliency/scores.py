@@ -1,0 +1,75 @@
+"""Saliency: block name -> fp32 scores of its units, with the settings that led to them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from nirvana.checkpoint.atomic import write_file
+from nirvana.errors import NirvanaError
+
+FORMAT = "nirvana-saliency"
+
+
+class Saliency(Mapping[str, Tensor]):
+    """Block name -> fp32 ``[units]``, larger = keep.
+
+    The file is safetensors: one fp32 tensor a block under the block's name, and in the metadata ``format``
+    ("nirvana-saliency"), ``version`` ("1") and ``settings`` (JSON).
+    """
+
+    def __init__(self, scores: Mapping[str, Tensor], settings: Mapping[str, Any] | None = None):
+        self._scores = dict(scores)
+        self.settings = dict(settings or {})
+
+    def __getitem__(self, block: str) -> Tensor:
+        return self._scores[block]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._scores)
+
+    def __len__(self) -> int:
+        return len(self._scores)
+
+    def __repr__(self) -> str:
+        return f"Saliency({len(self)} blocks, settings={self.settings})"
+
+    def save(self, path: str | Path, overwrite: bool = False) -> None:
+        """Write the file. It appears whole or not at all.
+
+        Raises:
+            NirvanaError: the file exists and `overwrite` is false, or it cannot be written.
+        """
+        # One metadata entry: safetensors does not keep the order of several, and equal runs must give equal bytes.
+        metadata = {FORMAT: json.dumps({"version": 1, "settings": self.settings}, sort_keys=True)}
+        write_file(path, save(self._scores, metadata), overwrite=overwrite)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Saliency:
+        """Read a saliency file.
+
+        Raises:
+            NirvanaError: no such file, or not a saliency file of this version.
+        """
+        if not Path(path).is_file():
+            raise NirvanaError(f"no saliency file at {path}; make one with 'nirvana score'")
+        try:
+            with safe_open(path, framework="pt") as file:
+                metadata = file.metadata() or {}
+                scores = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except SafetensorError as error:
+            raise NirvanaError(f"{path} is not a saliency file: {error}") from None
+        if FORMAT not in metadata:
+            raise NirvanaError(f'{path} is not a saliency file: its metadata has no "{FORMAT}"')
+        about = json.loads(metadata[FORMAT])
+        if about.get("version") != 1:
+            raise NirvanaError(
+                f"{path}: saliency version {about.get('version')!r} is not supported; this release reads 1"
+            )
+        return cls(scores, about["settings"])

@@ -1,0 +1,152 @@
+"""Plan + weights -> smaller weights, one tensor at a time; `apply` makes a model of them in memory."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from nirvana.architectures import Architecture, describe
+from nirvana.checkpoint.tensors import ModelTensors, TensorInfo, TensorSource
+from nirvana.errors import NirvanaError
+from nirvana.ops import gather_slice
+from nirvana.parameters import auto_class
+from nirvana.plan import PruningPlan
+
+
+@dataclass(frozen=True)
+class Cut:
+    """One tensor of the smaller model: the units `kept` of `source`."""
+
+    source: str
+    axis: int
+    unit: int
+    kept: tuple[int, ...]
+    size: int
+    block: str
+
+    def shape(self, before: tuple[int, ...]) -> tuple[int, ...]:
+        """Shape after the cut.
+
+        Raises:
+            NirvanaError: the tensor is not what the configuration promises; the message names block and tensor.
+        """
+        if len(before) <= self.axis or before[self.axis] != self.size * self.unit:
+            raise NirvanaError(
+                f"block {self.block}: {self.source} has shape {list(before)}, "
+                f"axis {self.axis} must have length {self.size * self.unit}"
+            )
+        after = list(before)
+        after[self.axis] = len(self.kept) * self.unit
+        return tuple(after)
+
+
+class SlicedTensors:
+    """The tensors of the smaller model, cut from `source` one at a time as they are asked for.
+
+    Args:
+        source: the weights of the model that the plan was made for.
+        architecture: that model's description.
+        plan: a plan that fits it.
+        dtype: type of the floating-point results; None keeps each tensor's own.
+    """
+
+    def __init__(
+        self, source: TensorSource, architecture: Architecture, plan: PruningPlan, dtype: torch.dtype | None = None
+    ):
+        plan.check_fits(architecture)
+        self.config = architecture.pruned_config(plan.kept)
+        self._source, self._dtype = source, dtype
+        self._cuts = _cuts(architecture, plan, self.config)
+        replaced = {cut.source for cut in self._cuts.values()}
+        before = source.info()
+        for cut in self._cuts.values():
+            if cut.source not in before:
+                raise NirvanaError(f"block {cut.block}: the checkpoint has no tensor {cut.source}")
+        self._info: dict[str, TensorInfo] = {}
+        for name, info in before.items():
+            if name not in replaced:
+                self._info[name] = TensorInfo(info.shape, self._target_dtype(info.dtype))
+        for name, cut in self._cuts.items():
+            info = before[cut.source]
+            self._info[name] = TensorInfo(cut.shape(info.shape), self._target_dtype(info.dtype))
+
+    def _target_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        return self._dtype if self._dtype is not None and dtype.is_floating_point else dtype
+
+    def info(self) -> dict[str, TensorInfo]:
+        return self._info
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type of most of the weights, as the configuration names it."""
+        sizes: dict[torch.dtype, int] = {}
+        for info in self._info.values():
+            sizes[info.dtype] = sizes.get(info.dtype, 0) + info.nbytes
+        return max(sizes, key=sizes.__getitem__)
+
+    def is_cut(self, name: str) -> bool:
+        """Whether the tensor loses units; the others are handed on as they are."""
+        return name in self._cuts
+
+    def load(self, name: str) -> Tensor:
+        cut = self._cuts.get(name)
+        if cut is None:
+            tensor = self._source.load(name)
+        else:
+            tensor = gather_slice(self._source.load(cut.source), cut.kept, axis=cut.axis, unit=cut.unit)
+        return tensor.to(self._info[name].dtype)
+
+
+def _cuts(architecture: Architecture, plan: PruningPlan, config: PreTrainedConfig) -> dict[str, Cut]:
+    """Tensor name -> cut, for every tensor that is not copied whole."""
+    unequal = config.model_type.startswith("pruned_")
+    cuts = {}
+    for block in architecture.blocks:
+        kept = plan.kept[block.name]
+        for part in block.slices:
+            # Tensors that a stock model does not have (T5's position bias beyond the first layer) exist only in the
+            # classes for unequal widths.
+            if part.source_tensor == part.tensor or unequal:
+                cuts[part.tensor] = Cut(part.source_tensor, part.axis, part.unit, kept, block.size, block.name)
+    return cuts
+
+
+def apply(
+    model: PreTrainedModel, plan: PruningPlan, *, progress: Callable[[int], None] = lambda count: None
+) -> PreTrainedModel:
+    """The smaller model in memory. The input model is untouched and shares no memory with the result.
+
+    Args:
+        model: a supported model with its language-model head, in any floating-point type on any device.
+        plan: made for this model, or for one of the same shape.
+        progress: called with 1 after each tensor.
+
+    Returns:
+        A model in evaluation mode: of the stock class where all layers are equally wide, else of a subclass that
+        builds each layer from the configuration's per-layer widths. It generates, trains and saves like any other.
+
+    Raises:
+        NirvanaError: the plan does not fit the model; the message names the block.
+    """
+    architecture = describe(model)
+    if type(model).__name__.removeprefix("Pruned") != architecture.family.model_class:
+        raise NirvanaError(
+            f"cannot slice a {type(model).__name__}; load the model as {architecture.family.model_class} "
+            "(merge adapters first)"
+        )
+    sliced = SlicedTensors(ModelTensors(model), architecture, plan)
+    state = {}
+    for name in sliced.info():
+        tensor = sliced.load(name)
+        # A tensor that no plan touches is still the input model's own.
+        state[name] = tensor if sliced.is_cut(name) else tensor.clone()
+        progress(1)
+    model_class = auto_class(sliced.config)._model_mapping[type(sliced.config)]
+    small = model_class.from_pretrained(None, config=sliced.config, state_dict=state, dtype=model.dtype)
+    small.generation_config = copy.deepcopy(model.generation_config)
+    return small.to(model.device)
