@@ -131,9 +131,11 @@ def _global_widths(
     """Kept groups and neurons per block when units of all layers are ranked together."""
     # The counts are whole units below the rate, as published; the guard absorbs a product landing at 34.999...
     count = math.floor(rates.attention * attention.units + 1e-9)
-    groups = attention.lowest(count)
     if rounding == "up":
-        return groups, mlp.lowest_aligned(math.floor(rates.mlp * mlp.units + 1e-9), align)
+        # As published: a unit that is spared is not made up for by another.
+        neurons = math.floor(rates.mlp * mlp.units + 1e-9)
+        return attention.lowest_aligned(count, 1), mlp.lowest_aligned(neurons, align)
+    groups = attention.lowest(count)
     if scope == "attention":
         # Whole groups are coarse: take the neighbour if it lies nearer to the target.
         choices = [groups, attention.lowest(count + 1)]
@@ -172,11 +174,13 @@ def make_plan(architecture: Architecture, kept: Mapping[str, tuple[int, ...]], s
     """A plan with its totals, counted from the shapes of the model before and after."""
     blocks = tuple(BlockPlan(b.name, b.unit, b.size, tuple(kept[b.name])) for b in architecture.blocks)
     prunable_after = sum(len(kept[b.name]) * b.parameters_per_unit for b in architecture.blocks)
+    counted = count_parameters(architecture.config)
+    before = counted if architecture.parameters is None else architecture.parameters
     totals = {
         "prunable_before": architecture.prunable_parameters,
         "prunable_after": prunable_after,
-        "parameters_before": count_parameters(architecture.config),
-        "parameters_after": count_parameters(architecture.pruned_config(kept)),
+        "parameters_before": before,
+        "parameters_after": before - counted + count_parameters(architecture.pruned_config(kept)),
     }
     base = {
         "name": getattr(architecture.config, "_name_or_path", "") or architecture.name,

@@ -41,7 +41,7 @@ exit codes: 0 done, 2 bad input (one line on stderr), 130 interrupted, 1 anythin
 class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """One line, like every other refusal; argparse would print the usage before it."""
-        self.exit(2, f"{self.prog}: {message}; see {self.prog} --help\n")
+        self.exit(2, f"{self.prog}: {message.removeprefix('argument ')}; see {self.prog} --help\n")
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -1,4 +1,4 @@
-"""The masked model: unit activations zeroed where they enter o_proj and down_proj. It computes what slicing computes."""
+"""The masked model: unit activations zeroed at the input of o_proj and down_proj. It computes what slicing computes."""
 
 from __future__ import annotations
 

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import snapshot_download
+from huggingface_hub import HfApi, snapshot_download, try_to_load_from_cache
+from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
 from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
@@ -141,7 +142,30 @@ def resolve(name: str | Path, trust_remote_code: bool = False) -> ModelSource:
         raise NirvanaError(f"{path} is neither a checkpoint folder nor a .gguf file")
     elif path.is_absolute() or str(name).count("/") > 1 or str(name).startswith("."):
         raise NirvanaError(f"no folder {path}; give a checkpoint folder, a .gguf file, a Hub id or 'demo'")
+    else:
+        _check_hub(str(name))
     return ModelSource(str(name), str(name), trust_remote_code=trust_remote_code)
+
+
+def _check_hub(name: str) -> None:
+    """Ask the Hub once, with a short patience: transformers alone would retry for half a minute on a misspelt name.
+
+    Raises:
+        NirvanaError: no such model there, or no way to ask; a model in the Hub's local cache is not asked for.
+    """
+    try:
+        if isinstance(try_to_load_from_cache(name, "config.json"), str):
+            return
+        HfApi().model_info(name, timeout=10)
+    except HFValidationError:
+        raise NirvanaError(f"{name!r} is neither a folder nor a .gguf file nor a Hub id (owner/name)") from None
+    except RepositoryNotFoundError:
+        raise NirvanaError(f"no folder {name!r} here and no such model on the Hub (or it is private: log in)") from None
+    except Exception as error:  # of httpx or httpx2, which depends on the release of huggingface_hub
+        raise NirvanaError(
+            f"no folder {name!r} here, and the Hub cannot be asked ({_first_line(error)}); "
+            "give a checkpoint folder, a .gguf file or 'demo'"
+        ) from None
 
 
 def resolve_device(device: str) -> torch.device:

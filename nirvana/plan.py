@@ -108,7 +108,7 @@ class PruningPlan:
             data = json.loads(path.read_text())
         except FileNotFoundError:
             raise NirvanaError(f"no plan at {path}") from None
-        except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        except (OSError, ValueError, RecursionError) as error:  # ValueError: not UTF-8, not JSON, endless numbers
             raise NirvanaError(f"{path} is not a readable JSON plan: {error}") from None
         try:
             return cls.from_dict(data)

@@ -27,4 +27,5 @@ def describe(model: nn.Module | PreTrainedConfig | Architecture) -> Architecture
     family = FAMILIES.get(str(model_type).removeprefix("pruned_"))
     if family is None:
         raise NirvanaError(f"model family {model_type!r} is not supported; supported are {', '.join(sorted(FAMILIES))}")
-    return Architecture(family, config, family.blocks(config))
+    seen = sum(p.numel() for p in model.parameters()) if isinstance(model, nn.Module) else None
+    return Architecture(family, config, family.blocks(config), seen)

@@ -72,11 +72,17 @@ class Block:
 
 @dataclass(frozen=True)
 class Architecture:
-    """The blocks of one concrete model, in the order in which it runs them."""
+    """The blocks of one concrete model, in the order in which it runs them.
+
+    Attributes:
+        parameters: all parameters, tied ones once, where the model itself was seen; None where only its configuration
+            was, which need not tell whether a T5 has a head of its own.
+    """
 
     family: Family
     config: PreTrainedConfig
     blocks: tuple[Block, ...]
+    parameters: int | None = None
 
     @property
     def name(self) -> str:

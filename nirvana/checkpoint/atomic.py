@@ -64,6 +64,7 @@ def atomic_directory(path: str | Path, overwrite: bool = False) -> Iterator[Path
         partial.chmod(0o777 & ~_umask())
         _sync(partial)
         if path.exists():
+            check_target(path, overwrite, directory=True)  # it may have appeared while we were writing
             retired = Path(tempfile.mkdtemp(prefix=f".{path.name}.old-", dir=path.parent))
             os.rename(path, retired / path.name)
             try:

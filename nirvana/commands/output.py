@@ -33,11 +33,8 @@ def print_json(value: Any) -> None:
 def print_table(rows: Sequence[Sequence[str]]) -> None:
     """Rows of equal length; the first column is left-aligned, the others right-aligned."""
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    for row in rows:
-        cells = [
-            cell.ljust(w) if column == 0 else cell.rjust(w)
-            for column, (cell, w) in enumerate(zip(row, widths, strict=True))
-        ]
+    for first, *others in rows:
+        cells = [first.ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(others, widths[1:], strict=True))]
         print("  ".join(cells).rstrip())
 
 
