@@ -46,7 +46,7 @@ $(VENV)/.model: $(VENV)/.python
 	@touch $@
 
 $(VENV)/.demo: $(VENV)/.torch $(VENV)/.model pyproject.toml setup.py
-	$(PIP) --editable .[demo]
+	$(PIP) --editable .[gguf]
 	@touch $@
 
 $(VENV)/.test: $(VENV)/.torch $(VENV)/.model pyproject.toml setup.py

@@ -38,8 +38,16 @@ def demo_checkpoint() -> Path:
         digest = hashlib.sha256(file.read(2**24)).hexdigest()[:12]
     target = cache_folder() / f"smollm2-135m-instruct-{digest}"
     if not target.is_dir():
+        require_gguf_packages()
         _convert(source, target)
     return target
+
+
+def require_gguf_packages() -> None:
+    """Raise NirvanaError unless transformers can read GGUF files here."""
+    missing = [name for name in ("accelerate", "gguf") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise NirvanaError(f"reading GGUF needs {' and '.join(missing)}: pip install 'nirvana[gguf]'")
 
 
 def cache_folder() -> Path:

@@ -22,7 +22,7 @@ from transformers import (
 
 from nirvana.architectures import describe
 from nirvana.demo import NAME as DEMO
-from nirvana.demo import demo_checkpoint
+from nirvana.demo import demo_checkpoint, require_gguf_packages
 from nirvana.errors import NirvanaError
 from nirvana.parameters import auto_class
 
@@ -132,6 +132,7 @@ def resolve(name: str | Path, trust_remote_code: bool = False) -> ModelSource:
     if str(name) == DEMO:
         return ModelSource(DEMO, str(demo_checkpoint()))
     if path.suffix == ".gguf":
+        require_gguf_packages()
         if not path.is_file():
             raise NirvanaError(f"no file {path}")
         return ModelSource(str(name), str(path.parent), path.name)
