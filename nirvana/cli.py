@@ -41,7 +41,8 @@ exit codes: 0 done, 2 bad input (one line on stderr), 130 interrupted, 1 anythin
 class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """One line, like every other refusal; argparse would print the usage before it."""
-        self.exit(2, f"{self.prog}: {message.removeprefix('argument ')}; see {self.prog} --help\n")
+        line = " ".join(message.removeprefix("argument ").split())
+        self.exit(2, f"{self.prog}: {line}; see {self.prog} --help\n")
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -68,19 +69,27 @@ def main(argv: Sequence[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, _interrupt)
     try:
         COMMANDS[args.command].run(args)
-    except NirvanaError as error:
+        code = 0
+    except (NirvanaError, OSError) as error:
+        # An OSError that nobody has put into words is about a name or a place that the user gave: too long, no access.
         if args.debug:
             raise
-        print(f"nirvana {args.command}: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print(f"nirvana {args.command}: interrupted; nothing was written", file=sys.stderr)
-        return 130
-    except BrokenPipeError:
-        # The reader (head, less) has gone: no more to say, and nothing at exit either.
+        code = _refuse(args.command, str(error), 2)
+    except KeyboardInterrupt as interruption:
+        code = _refuse(args.command, f"interrupted; {str(interruption) or 'nothing was written'}", 130)
+    try:
+        sys.stdout.flush()
+    except OSError as error:
+        # The reader (head, less) has gone, or the disk is full: drop the rest, or Python would complain at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
-    return 0
+        return code or (1 if isinstance(error, BrokenPipeError) else _refuse(args.command, f"stdout: {error}", 1))
+    return code
+
+
+def _refuse(command: str, message: str, code: int) -> int:
+    """One line on stderr, whatever names with newlines the message repeats."""
+    print(f"nirvana {command}: {' '.join(message.split())}", file=sys.stderr)
+    return code
 
 
 def _interrupt(number: int, frame: object) -> NoReturn:

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from huggingface_hub import HfApi, snapshot_download, try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
-from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoTokenizer,
@@ -20,11 +19,12 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from nirvana.architectures import describe
+from nirvana.architectures import FAMILIES, describe
+from nirvana.checkpoint.tensors import CheckpointTensors
 from nirvana.demo import NAME as DEMO
 from nirvana.demo import demo_checkpoint, require_gguf_packages
 from nirvana.errors import NirvanaError
-from nirvana.parameters import auto_class
+from nirvana.parameters import auto_class, check_tensors
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -56,9 +56,18 @@ class ModelSource:
         """The configuration; the family is checked before any weight is read."""
         try:
             config = AutoConfig.from_pretrained(self.path, **self._options)
-        except (OSError, ValueError, KeyError) as error:
-            raise NirvanaError(f"cannot open model {self.name!r}: {_first_line(error)}") from None
-        describe(config)
+            blocks = describe(config).blocks
+        except NirvanaError:
+            raise
+        except Exception as error:  # transformers raises almost anything for a configuration that makes no sense
+            raise NirvanaError(
+                f"cannot open model {self.name!r}: {_first_line(error)} (families: {', '.join(sorted(FAMILIES))})"
+            ) from None
+        for block in blocks:
+            if block.size < 1 or block.channels < 1:
+                raise NirvanaError(f"cannot open model {self.name!r}: {block.name} has {block.size} units")
+        if not blocks:
+            raise NirvanaError(f"cannot open model {self.name!r}: its configuration has no layers")
         # The plan names its base as the user did, not by the folder that "demo" or a cache stands for.
         config._name_or_path = self.name
         return config
@@ -81,12 +90,25 @@ class ModelSource:
             options["use_safetensors"] = True
         options["dtype"] = resolve_dtype(dtype) or ("auto" if not self.gguf else torch.float32)
         config = self.config()
+        if not self.gguf and Path(self.path).is_dir():
+            # Reads the headers only, and unlike transformers names the file that is damaged and the tensor that is not
+            # what the configuration says. transformers would draw missing weights at random and go on.
+            check_tensors(CheckpointTensors(self.path).info(), config)
         try:
-            model = auto_class(config).from_pretrained(self.path, **options)
-        except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+            model, loading = auto_class(config).from_pretrained(self.path, output_loading_info=True, **options)
+        except Exception as error:  # of Rust code, of missing quantisation packages, of anything in the configuration
             raise NirvanaError(f"cannot load the weights of {self.name!r}: {_first_line(error)}") from None
+        if loading["missing_keys"]:
+            raise NirvanaError(
+                f"{self.name!r} holds no tensor {min(loading['missing_keys'])}; get the whole checkpoint"
+            )
         model.config._name_or_path = self.name
         return model.to(place).eval()
+
+    def refuse_as_target(self, out: str | Path) -> None:
+        """Raise NirvanaError if writing to `out` would replace this model."""
+        if Path(self.path).is_dir() and Path(out).exists() and Path(self.path).resolve() == Path(out).resolve():
+            raise NirvanaError(f"{out} is the model that is to be pruned and is not overwritten; choose another name")
 
     def folder(self) -> Path:
         """The folder that holds the weights; a Hub model is downloaded into the Hub's own cache."""
@@ -101,11 +123,18 @@ class ModelSource:
         """The defaults for generation that come with the checkpoint, if any."""
         if self.gguf:
             return None
+        if Path(self.path).is_dir() and not (Path(self.path) / "generation_config.json").exists():
+            return None
         try:
             return GenerationConfig.from_pretrained(self.path)
-        except OSError:
-            # transformers says so for a checkpoint that has none, which is no fault.
-            return None
+        except OSError as error:
+            if not Path(self.path).is_dir():
+                return None  # a Hub model without one
+            raise NirvanaError(
+                f"cannot read the generation_config.json of {self.name!r}: {_first_line(error)}"
+            ) from None
+        except (ValueError, TypeError, AttributeError) as error:
+            raise NirvanaError(f"the generation_config.json of {self.name!r} is wrong: {_first_line(error)}") from None
 
     def tokenizer(self) -> PreTrainedTokenizerBase | None:
         """The tokenizer, or None where the checkpoint has none (pre-tokenised calibration still works)."""
@@ -114,7 +143,7 @@ class ModelSource:
             return None
         try:
             return AutoTokenizer.from_pretrained(self.path, **self._options)
-        except (OSError, ValueError, KeyError, ImportError) as error:
+        except Exception as error:  # the Rust code of tokenizers raises bare exceptions
             raise NirvanaError(f"cannot load the tokenizer of {self.name!r}: {_first_line(error)}") from None
 
 
@@ -174,9 +203,13 @@ def resolve_device(device: str) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         place = torch.device(device)
-        torch.empty(0, device=place)
-    except (RuntimeError, AssertionError) as error:
-        raise NirvanaError(f"--device {device!r} cannot be used: {_first_line(error)}") from None
+        torch.empty(0, device=place).tolist()
+    except (RuntimeError, AssertionError, ImportError) as error:
+        raise NirvanaError(
+            f"--device {device!r} cannot be used (try auto, cpu or cuda): {_first_line(error)}"
+        ) from None
+    if place.type == "meta":
+        raise NirvanaError("--device 'meta' holds no numbers; use auto, cpu or cuda")
     return place
 
 

@@ -1,9 +1,14 @@
-"""Parameter counts from a configuration alone."""
+"""What a configuration says about the parameters of its model, without allocating them."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
-from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedConfig
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedConfig, PreTrainedModel
+
+from nirvana.checkpoint.tensors import TensorInfo
+from nirvana.errors import NirvanaError
 
 
 def auto_class(config: PreTrainedConfig) -> type:
@@ -12,7 +17,32 @@ def auto_class(config: PreTrainedConfig) -> type:
 
 
 def count_parameters(config: PreTrainedConfig) -> int:
-    """All parameters of the model that `config` describes, tied ones once. Nothing is allocated."""
-    with torch.device("meta"):
-        model = auto_class(config).from_config(config)
-    return sum(parameter.numel() for parameter in model.parameters())
+    """All parameters of the model that `config` describes, tied ones once."""
+    return sum(parameter.numel() for parameter in _on_meta(config).parameters())
+
+
+def check_tensors(found: Mapping[str, TensorInfo], config: PreTrainedConfig) -> None:
+    """Raise NirvanaError, naming the tensor, unless `found` holds every weight of the model in its shape.
+
+    A weight that is declared tied may be missing.
+    """
+    model = _on_meta(config)
+    for name, parameter in model.state_dict().items():
+        if name not in found:
+            if name in model.all_tied_weights_keys:
+                continue
+            raise NirvanaError(f"the checkpoint has no tensor {name}; get the whole checkpoint")
+        if found[name].shape != tuple(parameter.shape):
+            raise NirvanaError(
+                f"{name} has shape {list(found[name].shape)} in the checkpoint, "
+                f"its configuration says {list(parameter.shape)}"
+            )
+
+
+def _on_meta(config: PreTrainedConfig) -> PreTrainedModel:
+    try:
+        with torch.device("meta"):
+            return auto_class(config).from_config(config)
+    except Exception as error:  # transformers raises almost anything for a configuration that makes no sense
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise NirvanaError(f"no model can be built from the configuration: {type(error).__name__}: {reason}") from None

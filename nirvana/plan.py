@@ -71,6 +71,12 @@ class PruningPlan:
                 )
         if model:
             raise NirvanaError(f"the plan says nothing about block {next(iter(model))} of the model")
+        if self.totals["prunable_before"] != architecture.prunable_parameters:
+            raise NirvanaError(
+                f"the plan was made for blocks of other shapes: {self.blocks[0].name} and the others have "
+                f"{self.totals['prunable_before']:,} prunable parameters in the plan, "
+                f"{architecture.prunable_parameters:,} in the model"
+            )
 
     def to_json(self) -> str:
         """The plan as text: one block a line, the same bytes for the same plan."""
@@ -105,7 +111,7 @@ class PruningPlan:
         if path.is_dir():
             path /= "nirvana_plan.json"
         try:
-            data = json.loads(path.read_text())
+            data = json.loads(path.read_text(encoding="utf-8"))
         except FileNotFoundError:
             raise NirvanaError(f"no plan at {path}") from None
         except (OSError, ValueError, RecursionError) as error:  # ValueError: not UTF-8, not JSON, endless numbers
@@ -129,6 +135,10 @@ class PruningPlan:
         for key in ("prunable_before", "prunable_after", "parameters_before", "parameters_after"):
             if not _is_count(data["totals"].get(key)):
                 raise NirvanaError(f'the plan\'s totals must hold the whole number "{key}"')
+        if not data["totals"]["prunable_before"]:
+            raise NirvanaError('the plan\'s totals say "prunable_before" is 0')
+        if not data["blocks"]:
+            raise NirvanaError("the plan has no blocks")
         blocks = tuple(_read_block(entry) for entry in data["blocks"])
         names = [block.name for block in blocks]
         for name in names:

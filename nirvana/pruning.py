@@ -91,6 +91,8 @@ def prune(
     else:
         source = resolve(model, trust_remote_code)
         source.config()
+        if out is not None:
+            source.refuse_as_target(out)
         tokenizer = source.tokenizer()
         generation_config = source.generation_config()
         model = source.model(dtype, device)

@@ -14,7 +14,7 @@ from nirvana.architectures import Architecture, describe
 from nirvana.checkpoint.tensors import ModelTensors, TensorInfo, TensorSource
 from nirvana.errors import NirvanaError
 from nirvana.ops import gather_slice
-from nirvana.parameters import auto_class
+from nirvana.parameters import auto_class, check_tensors
 from nirvana.plan import PruningPlan
 
 
@@ -74,6 +74,9 @@ class SlicedTensors:
         for name, cut in self._cuts.items():
             info = before[cut.source]
             self._info[name] = TensorInfo(cut.shape(info.shape), self._target_dtype(info.dtype))
+        # Sorted, so that the same weights give the same bytes whether they come from a model or from files.
+        self._info = dict(sorted(self._info.items()))
+        check_tensors(self._info, self.config)
 
     def _target_dtype(self, dtype: torch.dtype) -> torch.dtype:
         return self._dtype if self._dtype is not None and dtype.is_floating_point else dtype

@@ -57,5 +57,6 @@ def model_inputs(model: PreTrainedModel, tokens: Tensor, attention_mask: Tensor 
     if attention_mask is not None:
         arguments["attention_mask"] = mask
     following = torch.cat([tokens[:, 1:], torch.full_like(tokens[:, :1], IGNORE)], dim=1)
-    known = torch.cat([mask[:, 1:], torch.zeros_like(mask[:, :1])], dim=1).bool()
+    # Padding neither predicts nor is predicted: left of the first real token stands a position that would predict it.
+    known = torch.cat([mask[:, 1:] * mask[:, :-1], torch.zeros_like(mask[:, :1])], dim=1).bool()
     return ModelInputs(arguments, following.masked_fill(~known, IGNORE), mask.bool())

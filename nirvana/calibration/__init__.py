@@ -92,9 +92,9 @@ def _load_npy(path: Path) -> Tensor:
         array = np.load(path, allow_pickle=False)
     except FileNotFoundError:
         raise NirvanaError(f"no calibration file at {path}") from None
-    except (OSError, ValueError, EOFError) as error:
+    except (OSError, ValueError, EOFError, MemoryError):
         # A pickled array lands here: it is never unpickled, because that could run any code.
-        raise NirvanaError(f"{path} is not a plain .npy array: {str(error).splitlines()[0]}") from None
+        raise NirvanaError(f"{path} is not a plain .npy array of numbers; save one with numpy.save") from None
     if not isinstance(array, np.ndarray) or array.dtype.kind not in "iu" or array.ndim != 2:
         what = f"{array.dtype} of shape {list(array.shape)}" if isinstance(array, np.ndarray) else "an archive"
         raise NirvanaError(f"{path} holds {what}; give integers [examples, tokens]")

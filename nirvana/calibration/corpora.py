@@ -26,10 +26,16 @@ def read_documents(source: str | Path) -> list[str]:
     Raises:
         NirvanaError: unknown name, missing or unreadable file, or no text in it.
     """
+    if not str(source):
+        raise NirvanaError(f"no corpus is named; built in is {', '.join(BUILT_IN)}")
     path = BUILT_IN.get(str(source), Path(source))
-    if path.is_dir():
+    try:
+        is_folder, is_file = path.is_dir(), path.is_file()
+    except OSError:  # a name too long for any file
+        is_folder = is_file = False
+    if is_folder:
         documents = [_read_text(file) for file in sorted(path.glob("*.txt"))]
-    elif path.is_file():
+    elif is_file:
         reader = _READERS.get(path.suffix)
         if reader is None:
             raise NirvanaError(
@@ -43,7 +49,7 @@ def read_documents(source: str | Path) -> list[str]:
         )
     documents = [document for document in documents if document.strip()]
     if not documents:
-        raise NirvanaError(f"{source} holds no text")
+        raise NirvanaError(f'{source} holds no text (rows need a string field "{TEXT_FIELD}")')
     return documents
 
 
@@ -61,13 +67,23 @@ def _read_jsonl(path: Path) -> list[str]:
             continue
         try:
             row = json.loads(line)
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:  # ValueError: not JSON, endless numbers
             raise NirvanaError(f"{path}, line {number} is not JSON: {error}") from None
         if not isinstance(row, dict) or not isinstance(row.get(TEXT_FIELD), str):
             fields = ", ".join(row) if isinstance(row, dict) else type(row).__name__
             raise NirvanaError(f'{path}, line {number} has no string field "{TEXT_FIELD}" (it has: {fields})')
+        if not _is_unicode(row[TEXT_FIELD]):
+            raise NirvanaError(f"{path}, line {number} holds half a surrogate pair, which is no text")
         documents.append(row[TEXT_FIELD])
     return documents
+
+
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _read_parquet(path: Path) -> list[str]:
@@ -77,11 +93,12 @@ def _read_parquet(path: Path) -> list[str]:
     except ImportError:
         raise NirvanaError(f"reading {path} needs pyarrow: pip install 'nirvana[data]'") from None
     try:
-        table = pyarrow.parquet.read_table(path, columns=[TEXT_FIELD])
+        file = pyarrow.parquet.ParquetFile(path)
+        if TEXT_FIELD not in file.schema_arrow.names:
+            raise NirvanaError(f'{path} has no column "{TEXT_FIELD}" (it has: {", ".join(file.schema_arrow.names)})')
+        table = file.read(columns=[TEXT_FIELD])
     except (pyarrow.ArrowException, OSError) as error:
         raise NirvanaError(f"cannot read {path} as Parquet: {str(error).splitlines()[0]}") from None
-    if TEXT_FIELD not in table.column_names:
-        raise NirvanaError(f'{path} has no column "{TEXT_FIELD}"')
     return [document for document in table.column(TEXT_FIELD).to_pylist() if isinstance(document, str)]
 
 

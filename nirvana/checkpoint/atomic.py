@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import secrets
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -40,7 +41,10 @@ def _is_replaceable(path: Path) -> bool:
     """An empty folder or a checkpoint: --overwrite must never delete a home folder that was given by mistake."""
     if path.is_symlink() or not path.is_dir():
         return False
-    return (path / "config.json").is_file() or not any(path.iterdir())
+    content = list(path.iterdir())
+    if any(entry.is_dir() for entry in content):
+        return False
+    return not content or ((path / "config.json").is_file() and any(e.suffix == ".safetensors" for e in content))
 
 
 @contextlib.contextmanager
@@ -53,33 +57,34 @@ def atomic_directory(path: str | Path, overwrite: bool = False) -> Iterator[Path
         NirvanaError: `path` cannot be written, or the disk refuses (full, read-only, file too large).
     """
     path = check_target(path, overwrite, directory=True)
+    partial = _partial_name(path)
+    with _parents(path):
+        try:
+            partial.mkdir()
+            yield partial
+            _publish(partial, path, overwrite)
+        except OSError as error:
+            raise NirvanaError(f"cannot write {path}: {error.strerror or error}; nothing was written") from None
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+
+
+def _publish(partial: Path, path: Path, overwrite: bool) -> None:
+    """Rename the complete folder; an old checkpoint moves aside first and comes back if that fails."""
+    _sync(partial)
+    if not path.exists():
+        os.rename(partial, path)
+        return
+    check_target(path, overwrite, directory=True)  # it may have appeared while we were writing
+    retired = Path(tempfile.mkdtemp(prefix=f".{path.name}.old-", dir=path.parent))
+    os.rename(path, retired / path.name)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = Path(tempfile.mkdtemp(prefix=f".{path.name}.partial-", dir=path.parent))
-    except OSError as error:
-        raise NirvanaError(f"cannot write {path}: {error.strerror or error}") from None
-    try:
-        yield partial
-        # mkdtemp makes a private folder; the result gets the permissions any new folder would have.
-        partial.chmod(0o777 & ~_umask())
-        _sync(partial)
-        if path.exists():
-            check_target(path, overwrite, directory=True)  # it may have appeared while we were writing
-            retired = Path(tempfile.mkdtemp(prefix=f".{path.name}.old-", dir=path.parent))
-            os.rename(path, retired / path.name)
-            try:
-                os.rename(partial, path)
-            except BaseException:
-                os.rename(retired / path.name, path)
-                raise
-            finally:
-                shutil.rmtree(retired)
-        else:
-            os.rename(partial, path)
-    except OSError as error:
-        raise NirvanaError(f"cannot write {path}: {error.strerror or error}; nothing was written") from None
+        os.rename(partial, path)
+    except BaseException:
+        os.rename(retired / path.name, path)
+        raise
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        shutil.rmtree(retired)
 
 
 def write_file(path: str | Path, content: bytes, overwrite: bool = False) -> None:
@@ -89,26 +94,40 @@ def write_file(path: str | Path, content: bytes, overwrite: bool = False) -> Non
         NirvanaError: as `atomic_directory`.
     """
     path = check_target(path, overwrite)
-    partial = None
+    partial = _partial_name(path)
+    with _parents(path):
+        try:
+            partial.write_bytes(content)
+            _sync(partial)
+            os.replace(partial, path)
+        except OSError as error:
+            raise NirvanaError(f"cannot write {path}: {error.strerror or error}; nothing was written") from None
+        finally:
+            # After a too long name even this fails; the error above is the one to tell.
+            with contextlib.suppress(OSError):
+                partial.unlink(missing_ok=True)
+
+
+def _partial_name(path: Path) -> Path:
+    """A hidden name beside `path`. It is known before anything exists, so that an interruption can never leave it."""
+    return path.with_name(f".{path.name}.partial-{secrets.token_hex(4)}")
+
+
+@contextlib.contextmanager
+def _parents(path: Path) -> Iterator[None]:
+    """Make missing parent folders; they go again if the body fails."""
+    missing = [folder for folder in path.parents if not folder.exists()]
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(prefix=f".{path.name}.partial-", dir=path.parent, delete=False) as file:
-            partial = Path(file.name)
-            file.write(content)
-        partial.chmod(0o666 & ~_umask())
-        _sync(partial)
-        os.replace(partial, path)
     except OSError as error:
-        raise NirvanaError(f"cannot write {path}: {error.strerror or error}; nothing was written") from None
-    finally:
-        if partial is not None:
-            partial.unlink(missing_ok=True)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+        raise NirvanaError(f"cannot write {path}: {error.strerror or error}") from None
+    try:
+        yield
+    except BaseException:
+        for folder in missing:
+            with contextlib.suppress(OSError):  # somebody else may have put something there
+                folder.rmdir()
+        raise
 
 
 def _sync(path: Path) -> None:

@@ -8,8 +8,9 @@ from nirvana.architectures import describe
 from nirvana.checkpoint.atomic import check_target
 from nirvana.checkpoint.save import save_checkpoint
 from nirvana.checkpoint.tensors import CheckpointTensors, ModelTensors
-from nirvana.checkpoint.writer import SHARD_SIZE
+from nirvana.checkpoint.writer import SHARD_SIZE, shard_bytes
 from nirvana.models import resolve, resolve_dtype
+from nirvana.parameters import check_tensors
 from nirvana.plan import PruningPlan
 from nirvana.progress import Progress
 from nirvana.slicing import SlicedTensors
@@ -42,10 +43,16 @@ def apply_checkpoint(
         NirvanaError: the plan does not fit (the message names the block), weights are damaged, or `out` is refused.
     """
     check_target(out, overwrite, directory=True)
+    shard_bytes(shard_size)
     model = resolve(source)
+    model.refuse_as_target(out)
     architecture = describe(model.config())
     plan.check_fits(architecture)
-    tensors = ModelTensors(model.model(device="cpu")) if model.gguf else CheckpointTensors(model.folder())
+    if model.gguf:
+        tensors = ModelTensors(model.model(device="cpu"))
+    else:
+        tensors = CheckpointTensors(model.folder())
+        check_tensors(tensors.info(), architecture.config)
     return save_checkpoint(
         out,
         SlicedTensors(tensors, architecture, plan, resolve_dtype(dtype)),

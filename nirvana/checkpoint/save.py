@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from pathlib import Path
 
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
@@ -54,7 +55,16 @@ def save_checkpoint(
 
 def _save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     """Save, open again, compare: transformers may pick another tokenizer class for another model_type, silently."""
-    tokenizer.save_pretrained(folder)
+    try:
+        tokenizer.save_pretrained(folder)
+    except OSError:
+        raise
+    except Exception as error:  # the Rust code of tokenizers raises bare exceptions where the disk is full
+        raise OSError(f"{error}") from None
+    # The side stands in the class unless it is written down, and the class may change with the model type.
+    file = folder / "tokenizer_config.json"
+    sides = {"padding_side": tokenizer.padding_side, "truncation_side": tokenizer.truncation_side}
+    file.write_text(json.dumps(json.loads(file.read_text()) | sides, indent=2, ensure_ascii=False) + "\n")
     saved = AutoTokenizer.from_pretrained(folder)
     if saved(PROBE)["input_ids"] != tokenizer(PROBE)["input_ids"]:
         raise NirvanaError(

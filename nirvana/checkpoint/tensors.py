@@ -106,7 +106,7 @@ class CheckpointTensors:
         if index.is_file():
             try:
                 return sorted(set(json.loads(index.read_text())["weight_map"].values()))
-            except (ValueError, KeyError, AttributeError) as error:
+            except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
                 raise NirvanaError(f"{index} is not a weight index: {error!r}") from None
         if (self._folder / SINGLE).is_file():
             return [SINGLE]

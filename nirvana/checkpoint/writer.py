@@ -14,9 +14,11 @@ from typing import BinaryIO
 
 import torch
 from huggingface_hub.serialization import split_state_dict_into_shards_factory
+from huggingface_hub.serialization._base import parse_size_to_int
 from torch import Tensor
 
 from nirvana.checkpoint.tensors import DTYPE_NAMES, INDEX, TensorInfo
+from nirvana.errors import NirvanaError
 
 #: What transformers uses as the size limit of one weight file.
 SHARD_SIZE = "50GB"
@@ -43,7 +45,7 @@ def write_weights(
         get_storage_size=lambda info: info.nbytes,
         get_storage_id=lambda info: None,
         filename_pattern="model{suffix}.safetensors",
-        max_shard_size=shard_size,
+        max_shard_size=shard_bytes(shard_size),
     )
     for file, names in split.filename_to_tensors.items():
         with open(folder / file, "wb") as stream:
@@ -51,6 +53,21 @@ def write_weights(
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
         (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+
+
+def shard_bytes(size: str | int) -> int:
+    """Bytes of a size as transformers writes it ("5GB"), or of a number.
+
+    Raises:
+        NirvanaError: not a size, or below 1.
+    """
+    try:
+        count = size if isinstance(size, int) else parse_size_to_int(size)
+    except ValueError:
+        count = 0
+    if count < 1:
+        raise NirvanaError(f"--max-shard-size {size!r} must be a size such as 5GB or 500MB")
+    return count
 
 
 def _write_file(

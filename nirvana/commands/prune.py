@@ -6,6 +6,7 @@ from argparse import ArgumentParser, Namespace
 
 from nirvana.commands import eval as evaluation
 from nirvana.commands import options, output
+from nirvana.evaluation.compare import check_evaluation
 from nirvana.pruning import prune
 
 HELP = "make a smaller model: score, plan, slice, write a checkpoint"
@@ -27,6 +28,8 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 
 def run(args: Namespace) -> None:
+    if args.evaluate:
+        check_evaluation(args.text, args.window, args.stride, args.max_windows)
     result = prune(
         args.model,
         args.sparsity,
@@ -37,7 +40,10 @@ def run(args: Namespace) -> None:
     plan = result.plan
     report = {"checkpoint": str(result.checkpoint), "sparsity": plan.sparsity, "totals": plan.totals}
     if args.evaluate:
-        report["evaluation"] = evaluation.run_evaluation(args, str(result.checkpoint), args.model)
+        try:
+            report["evaluation"] = evaluation.run_evaluation(args, str(result.checkpoint), args.model)
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(f"not evaluated, but the checkpoint {result.checkpoint} is complete") from None
     if args.json:
         output.print_json(report)
         return

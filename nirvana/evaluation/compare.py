@@ -5,16 +5,18 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import PreTrainedModel
 
 from nirvana.architectures import describe
 from nirvana.calibration import read_documents
+from nirvana.calibration.batch import check_tokens
 from nirvana.calibration.corpora import EVALUATION
 from nirvana.errors import NirvanaError
 from nirvana.evaluation.generation import PROMPT, continue_text
 from nirvana.evaluation.latency import forward_seconds
 from nirvana.evaluation.memory import peak_bytes
-from nirvana.evaluation.text import score_text, text_windows
+from nirvana.evaluation.text import check_windows, score_text, text_windows
 from nirvana.models import resolve
 from nirvana.progress import Progress
 
@@ -48,23 +50,29 @@ def evaluate(
         progress: told how far the work is.
 
     Returns:
-        JSON-ready: ``{"text": {...}, "model": {...}, "reference": {...} or None}``, see `_measure` for the keys.
+        JSON-ready: ``{"text": {...}, "model": {...}, "reference": {...} or None}``; a model has name, perplexity,
+        nll, kl, parameters, prunable_parameters, generated, forward_seconds and peak_memory_bytes.
 
     Raises:
         NirvanaError: a model cannot be opened, there is no tokenizer, or too little text.
     """
     progress = progress or Progress()
-    documents = read_documents(EVALUATION if text is None else text)
+    documents = check_evaluation(text, window, stride, max_windows)
+    stride = window if stride is None else stride
     names = [str(model)] + ([str(reference)] if reference is not None else [])
     sources = [resolve(name, trust_remote_code) for name in names]
     tokenizer = sources[0].tokenizer() or sources[-1].tokenizer()
     if tokenizer is None:
         raise NirvanaError(f"{model} has no tokenizer, so no text can be evaluated; save one with the checkpoint")
-    windows = text_windows(tokenizer, documents, window, stride or window, max_windows)
+    windows = text_windows(tokenizer, documents, window, stride, max_windows)
     models = [source.model(dtype, device) for source in sources]
-    if models[0].config.is_encoder_decoder and stride not in (None, window):
+    if len({candidate.config.is_encoder_decoder for candidate in models}) > 1:
+        raise NirvanaError(f"the reference {reference} is not of the same kind (decoder or encoder-decoder) as {model}")
+    if models[0].config.is_encoder_decoder and stride != window:
         raise NirvanaError("an encoder-decoder model is evaluated on windows without overlap; leave --stride out")
-    overlap = None if stride in (None, window) or len(windows) == max_windows else stride
+    for candidate in models:
+        check_tokens(torch.stack(windows), candidate.config)
+    overlap = None if stride == window else stride
     results = []
     for index, candidate in enumerate(models):
         dense = models[1] if index == 0 and len(models) > 1 else None
@@ -92,11 +100,17 @@ def evaluate(
     about = {
         "source": "built-in held-out novels" if text is None else str(text),
         "window": window,
-        "stride": stride or window,
+        "stride": stride,
         "windows": score.windows,
         "tokens": score.tokens,
     }
     return {"text": about, "model": results[0], "reference": results[1] if len(results) > 1 else None}
+
+
+def check_evaluation(text: str | Path | None, window: int, stride: int | None, max_windows: int | None) -> list[str]:
+    """The documents to evaluate on. Raises NirvanaError for what `evaluate` would refuse without opening a model."""
+    check_windows(window, window if stride is None else stride, max_windows)
+    return read_documents(EVALUATION if text is None else text)
 
 
 def _sizes(model: PreTrainedModel) -> dict[str, int]:

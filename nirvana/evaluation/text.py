@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from nirvana.architectures.inputs import IGNORE, model_inputs
 from nirvana.calibration import token_ids
+from nirvana.diagnosis import why_not_finite
 from nirvana.errors import NirvanaError
 
 #: Positions whose log-probabilities exist at once: 128 x 49 152 fp32 values are 25 MB.
@@ -40,6 +41,14 @@ class TextScore:
         return math.exp(self.nll)
 
 
+def check_windows(window: int, stride: int, limit: int | None) -> None:
+    """Raise NirvanaError for sizes out of range."""
+    if window < 2 or not 0 < stride <= window:
+        raise NirvanaError(f"--window {window} --stride {stride}: a window needs 2 tokens and 1 <= stride <= window")
+    if limit is not None and limit < 1:
+        raise NirvanaError(f"--max-windows {limit} must be at least 1")
+
+
 def text_windows(
     tokenizer: PreTrainedTokenizerBase, documents: list[str], window: int, stride: int, limit: int | None
 ) -> list[Tensor]:
@@ -48,10 +57,7 @@ def text_windows(
     Raises:
         NirvanaError: sizes out of range, or less than one window of text.
     """
-    if window < 2 or not 0 < stride <= window:
-        raise NirvanaError(f"--window {window} --stride {stride}: a window needs 2 tokens and 1 <= stride <= window")
-    if limit is not None and limit < 1:
-        raise NirvanaError(f"--max-windows {limit} must be at least 1")
+    check_windows(window, stride, limit)
     ids = torch.tensor([token for document in documents for token in token_ids(tokenizer, document)])
     starts = list(range(0, len(ids) - window + 1, stride))
     if not starts:
@@ -91,23 +97,21 @@ def score_text(
     for number, window in enumerate(windows):
         inputs = model_inputs(model, window[None])
         targets = inputs.targets[0]
-        counted = targets != IGNORE
+        counted = (targets != IGNORE).nonzero()[:, 0]
         if stride is not None and number > 0:
-            counted[: max(0, len(targets) - stride)] = False
+            counted = counted[-stride:]
         logits = model(**inputs.arguments).logits[0]
         dense = None
         if reference is not None:
             dense = reference(**model_inputs(reference, window[None]).arguments).logits[0].to(logits.device)
-        for part in _parts(counted):
+        for part in counted.split(POSITIONS):
             log_q = F.log_softmax(logits[part].float(), dim=-1)
             nll -= log_q.gather(1, targets[part, None]).double().sum().item()
             if dense is not None:
                 log_p = F.log_softmax(dense[part].float(), dim=-1)
                 divergence += (log_p.exp() * (log_p - log_q)).sum(dim=1).double().sum().item()
-        tokens += int(counted.sum())
+        tokens += len(counted)
         advance(1)
+    if not math.isfinite(nll):
+        raise NirvanaError(why_not_finite(model))
     return TextScore(nll / tokens, None if reference is None else divergence / tokens, tokens, len(windows))
-
-
-def _parts(counted: Tensor) -> Iterator[Tensor]:
-    yield from counted.nonzero()[:, 0].split(POSITIONS)

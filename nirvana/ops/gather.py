@@ -27,7 +27,10 @@ def gather_slice(weight: Tensor, kept: Tensor | Sequence[int], *, axis: int, uni
         ValueError: `unit` does not divide the axis, or an index is out of range.
     """
     check_groups(weight, axis, unit)
-    units = torch.as_tensor(kept, dtype=torch.int64, device=weight.device)
+    units = torch.as_tensor(kept, device=weight.device)
+    if units.numel() and (units.dtype == torch.bool or units.dtype.is_floating_point):
+        raise ValueError(f"kept must hold unit indices, not {units.dtype}; of a mask take mask.nonzero()[:, 0]")
+    units = units.to(torch.int64)
     size = weight.shape[axis] // unit
     if units.numel() and not (int(units.min()) >= 0 and int(units.max()) < size):
         raise ValueError(f"kept units must lie in 0..{size - 1}, got {int(units.min())}..{int(units.max())}")

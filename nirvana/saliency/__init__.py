@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from nirvana.architectures import Slice, describe
 from nirvana.calibration.batch import check_tokens
+from nirvana.diagnosis import check_parameters
 from nirvana.errors import NirvanaError
 from nirvana.saliency.criteria import CRITERIA, RANDOM
 from nirvana.saliency.objectives import OBJECTIVES
@@ -61,6 +62,8 @@ def score(
     scores = {block.name: torch.zeros(block.size, device=model.device) for block in architecture.blocks}
     settings = {"criterion": criterion}
     if criterion == RANDOM:
+        if not 0 <= seed < 2**63:
+            raise NirvanaError(f"--seed {seed} must be at least 0 and below 2^63")
         generator = torch.Generator().manual_seed(seed)
         scores = {name: torch.rand(len(values), generator=generator) for name, values in scores.items()}
         return Saliency(scores, {**settings, "seed": seed})
@@ -71,10 +74,9 @@ def score(
     def reduce(block: str, part: Slice, weight: Tensor, gradient: Tensor | None) -> None:
         rule.add(weight, gradient, part, scores[block])
         if not torch.isfinite(scores[block]).all():
-            at_fault = "the weight" if not torch.isfinite(weight).all() else "the gradient"
-            raise NirvanaError(
-                f"{at_fault} of {part.tensor} holds NaN or infinity; repair the checkpoint, or use --dtype float32"
-            )
+            # Only when something is wrong are all parameters searched: NaN in one shows up in the gradients of others.
+            fault = f"the gradient of {part.tensor} holds NaN or infinity in {model.dtype}; use --dtype float32"
+            raise NirvanaError(check_parameters(model, fault))
 
     if rule.needs_gradients:
         if objective not in OBJECTIVES:
@@ -87,7 +89,7 @@ def score(
         settings |= {
             "objective": objective,
             "calibration_shape": list(tokens.shape),
-            "calibration_sha256": hashlib.sha256(tokens.contiguous().numpy().tobytes()).hexdigest(),
+            "calibration_sha256": hashlib.sha256(tokens.cpu().contiguous().numpy().tobytes()).hexdigest(),
         }
         walk(model, architecture, OBJECTIVES[objective], tokens, attention_mask, micro_batch, reduce, progress)
     else:

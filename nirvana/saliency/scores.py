@@ -20,8 +20,8 @@ FORMAT = "nirvana-saliency"
 class Saliency(Mapping[str, Tensor]):
     """Block name -> fp32 ``[units]``, larger = keep.
 
-    The file is safetensors: one fp32 tensor a block under the block's name, and in the metadata ``format``
-    ("nirvana-saliency"), ``version`` ("1") and ``settings`` (JSON).
+    The file is safetensors: one fp32 tensor a block under the block's name, and one entry in the metadata,
+    ``nirvana-saliency``: JSON with ``version`` (1) and ``settings``.
     """
 
     def __init__(self, scores: Mapping[str, Tensor], settings: Mapping[str, Any] | None = None):
@@ -47,7 +47,7 @@ class Saliency(Mapping[str, Tensor]):
             NirvanaError: the file exists and `overwrite` is false, or it cannot be written.
         """
         # One metadata entry: safetensors does not keep the order of several, and equal runs must give equal bytes.
-        metadata = {FORMAT: json.dumps({"version": 1, "settings": self.settings}, sort_keys=True)}
+        metadata = {FORMAT: json.dumps({"version": 1, "settings": self.settings})}
         write_file(path, save(self._scores, metadata), overwrite=overwrite)
 
     @classmethod
@@ -67,9 +67,13 @@ class Saliency(Mapping[str, Tensor]):
             raise NirvanaError(f"{path} is not a saliency file: {error}") from None
         if FORMAT not in metadata:
             raise NirvanaError(f'{path} is not a saliency file: its metadata has no "{FORMAT}"')
-        about = json.loads(metadata[FORMAT])
-        if about.get("version") != 1:
-            raise NirvanaError(
-                f"{path}: saliency version {about.get('version')!r} is not supported; this release reads 1"
-            )
-        return cls(scores, about["settings"])
+        try:
+            about = json.loads(metadata[FORMAT])
+            version, settings = about.get("version"), about.get("settings")
+        except (ValueError, AttributeError, RecursionError):
+            raise NirvanaError(f"{path} is not a saliency file: its metadata cannot be read") from None
+        if version != 1:
+            raise NirvanaError(f"{path}: saliency version {version!r} is not supported; this release reads 1")
+        if not isinstance(settings, dict):
+            raise NirvanaError(f"{path} is not a saliency file: its metadata has no settings")
+        return cls(scores, settings)

@@ -20,6 +20,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from nirvana.architectures import Architecture, Slice
 from nirvana.architectures.inputs import IGNORE, ModelInputs, model_inputs
+from nirvana.diagnosis import check_parameters, why_not_finite
 from nirvana.errors import NirvanaError
 from nirvana.patching import forward_replaced
 from nirvana.saliency.objectives import Head, Objective, Totals
@@ -95,7 +96,7 @@ def _backward(model: PreTrainedModel, objective: Objective, inputs: ModelInputs,
     with forward_replaced(head, lambda forward: lambda hidden: hidden), torch.enable_grad():
         hidden = model(**inputs.arguments).logits
     if not torch.isfinite(hidden).all():
-        raise NirvanaError(_diagnosis(model))
+        raise NirvanaError(why_not_finite(model))
     with torch.no_grad():
         value, gradient = objective(
             Head(head.weight.detach(), None if getattr(head, "bias", None) is None else head.bias.detach()),
@@ -104,6 +105,8 @@ def _backward(model: PreTrainedModel, objective: Objective, inputs: ModelInputs,
             inputs.valid,
             totals,
         )
+    if not torch.isfinite(gradient).all() and (fault := check_parameters(model)):
+        raise NirvanaError(fault)  # else the first gradient that is not finite is named
     hidden.backward(gradient.to(hidden.dtype))
     return float(value)
 
@@ -116,19 +119,12 @@ def _totals(model: PreTrainedModel, tokens: Tensor, attention_mask: Tensor | Non
     return Totals(len(tokens), targets)
 
 
-def _diagnosis(model: PreTrainedModel) -> str:
-    for name, parameter in model.named_parameters():
-        if not torch.isfinite(parameter).all():
-            return f"parameter {name} holds NaN or infinity; repair the checkpoint before pruning it"
-    return f"the model's output overflows in {model.dtype}; use --dtype float32"
-
-
 @contextlib.contextmanager
 def _only_these_learn(model: nn.Module, parameters: dict[str, nn.Parameter]) -> Iterator[None]:
     """Gradients for the prunable weights alone (never embeddings, norms, head); dropout off; all restored after."""
     learned = {p: p.requires_grad for p in model.parameters()}
     gradients = {p: p.grad for p in parameters.values()}
-    training = model.training
+    training = {module: module.training for module in model.modules()}
     model.eval()
     chosen = set(parameters.values())
     for parameter in learned:
@@ -142,7 +138,8 @@ def _only_these_learn(model: nn.Module, parameters: dict[str, nn.Parameter]) -> 
             parameter.requires_grad_(flag)
         for parameter, gradient in gradients.items():
             parameter.grad = gradient
-        model.train(training)
+        for module, mode in training.items():
+            module.training = mode
 
 
 @contextlib.contextmanager
