@@ -18,7 +18,13 @@ def auto_class(config: PreTrainedConfig) -> type:
 
 def count_parameters(config: PreTrainedConfig) -> int:
     """All parameters of the model that `config` describes, tied ones once."""
-    return sum(parameter.numel() for parameter in _on_meta(config).parameters())
+    model = _on_meta(config)
+    count = sum(parameter.numel() for parameter in model.parameters())
+    head = model.get_output_embeddings().weight
+    if not getattr(config, "scale_decoder_outputs", True) and head is model.get_input_embeddings().weight:
+        # T5 v1.1 has a head of its own; transformers 5 declares it tied all the same and unties it at loading.
+        count += head.numel()
+    return count
 
 
 def check_tensors(found: Mapping[str, TensorInfo], config: PreTrainedConfig) -> None:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.utils import logging as transformers_logging
 
 from nirvana.architectures import Architecture, describe
 from nirvana.checkpoint.tensors import ModelTensors, TensorInfo, TensorSource
@@ -74,8 +76,9 @@ class SlicedTensors:
         for name, cut in self._cuts.items():
             info = before[cut.source]
             self._info[name] = TensorInfo(cut.shape(info.shape), self._target_dtype(info.dtype))
-        # Sorted, so that the same weights give the same bytes whether they come from a model or from files.
-        self._info = dict(sorted(self._info.items()))
+        # Sorted, so that the same weights give the same bytes whether they come from a model or from files; wide types
+        # first, so that in a file of mixed types every tensor starts at a multiple of its element size.
+        self._info = dict(sorted(self._info.items(), key=lambda item: (-item[1].dtype.itemsize, item[0])))
         check_tensors(self._info, self.config)
 
     def _target_dtype(self, dtype: torch.dtype) -> torch.dtype:
@@ -143,13 +146,29 @@ def apply(
             "(merge adapters first)"
         )
     sliced = SlicedTensors(ModelTensors(model), architecture, plan)
-    state = {}
-    for name in sliced.info():
-        tensor = sliced.load(name)
-        # A tensor that no plan touches is still the input model's own.
-        state[name] = tensor if sliced.is_cut(name) else tensor.clone()
-        progress(1)
     model_class = auto_class(sliced.config)._model_mapping[type(sliced.config)]
-    small = model_class.from_pretrained(None, config=sliced.config, state_dict=state, dtype=model.dtype)
+    state = {}
+    # Outside of any inference mode of the caller: the result can be trained.
+    with torch.inference_mode(False), _transformers_silent():
+        for name in sliced.info():
+            tensor = sliced.load(name)
+            # A tensor that no plan touches is still the input model's own.
+            state[name] = tensor if sliced.is_cut(name) else tensor.clone()
+            progress(1)
+        small = model_class.from_pretrained(None, config=sliced.config, state_dict=state, dtype=model.dtype)
     small.generation_config = copy.deepcopy(model.generation_config)
     return small.to(model.device)
+
+
+@contextlib.contextmanager
+def _transformers_silent() -> Iterator[None]:
+    """Inside, transformers draws no bar and says nothing of weights that come from memory."""
+    bars, level = transformers_logging.is_progress_bar_enabled(), transformers_logging.get_verbosity()
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(level)
+        if bars:
+            transformers_logging.enable_progress_bar()

@@ -77,14 +77,15 @@ def _publish(partial: Path, path: Path, overwrite: bool) -> None:
         return
     check_target(path, overwrite, directory=True)  # it may have appeared while we were writing
     retired = Path(tempfile.mkdtemp(prefix=f".{path.name}.old-", dir=path.parent))
-    os.rename(path, retired / path.name)
     try:
+        os.rename(path, retired / path.name)
         os.rename(partial, path)
     except BaseException:
-        os.rename(retired / path.name, path)
+        if not path.exists():
+            os.rename(retired / path.name, path)
         raise
-    finally:
-        shutil.rmtree(retired)
+    # Only now, when the new one is in place, the old one goes.
+    shutil.rmtree(retired)
 
 
 def write_file(path: str | Path, content: bytes, overwrite: bool = False) -> None:

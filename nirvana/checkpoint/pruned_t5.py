@@ -16,7 +16,7 @@ from collections.abc import Iterator
 
 from huggingface_hub.dataclasses import strict
 from torch import nn
-from transformers import T5Config, T5ForConditionalGeneration
+from transformers import T5Config, T5ForConditionalGeneration, T5Model
 from transformers.models.t5.modeling_t5 import T5Attention, T5Block, T5LayerCrossAttention, T5Stack
 
 
@@ -90,7 +90,9 @@ class PrunedT5Stack(T5Stack):
         self.post_init()
 
 
-class PrunedT5ForConditionalGeneration(T5ForConditionalGeneration):
+class _PerLayerStacks:
+    """Mixin before a stock class with encoder and decoder: both become per-layer stacks."""
+
     config_class = PrunedT5Config
     _no_split_modules = ["PrunedT5Block"]  # noqa: RUF012 (the attribute of transformers)
 
@@ -103,3 +105,11 @@ class PrunedT5ForConditionalGeneration(T5ForConditionalGeneration):
             mine.num_layers, mine.num_decoder_layers = depth, config.num_decoder_layers
             setattr(self, stack, PrunedT5Stack(mine))
         self.post_init()
+
+
+class PrunedT5Model(_PerLayerStacks, T5Model):
+    pass
+
+
+class PrunedT5ForConditionalGeneration(_PerLayerStacks, T5ForConditionalGeneration):
+    pass

@@ -22,4 +22,5 @@ def register_pruned_types() -> None:
         AutoModel.register(config, backbone, exist_ok=True)
         AutoModelForCausalLM.register(config, causal, exist_ok=True)
     AutoConfig.register(t5.PrunedT5Config.model_type, t5.PrunedT5Config, exist_ok=True)
+    AutoModel.register(t5.PrunedT5Config, t5.PrunedT5Model, exist_ok=True)
     AutoModelForSeq2SeqLM.register(t5.PrunedT5Config, t5.PrunedT5ForConditionalGeneration, exist_ok=True)
