@@ -72,7 +72,7 @@ def print_notes(result: dict[str, Any]) -> None:
     text = result["text"]
     print(
         f"text: {text['source']}, {text['windows']} windows of {text['window']} tokens, stride {text['stride']}, "
-        f"{text['tokens']} predicted tokens; latency: forward pass over 1 x 128 tokens, median of 7; "
+        f"{text['tokens']} predicted tokens; latency: forward pass over 1 x 128 tokens, median of 11; "
         "memory: peak of a fresh process that runs it"
     )
     for label in ("reference", "model"):

@@ -10,14 +10,14 @@ from transformers import PreTrainedModel
 
 from nirvana.architectures.inputs import model_inputs
 
-WARM_UP, RUNS = 2, 7
+WARM_UP, RUNS = 2, 11
 
 
 @torch.inference_mode()
 def forward_seconds(models: list[PreTrainedModel], tokens: int = 128) -> list[float]:
     """Median seconds of a forward pass over 1 x `tokens` random token ids, for each model.
 
-    The models take turns, so that a change of the machine's clock hits all of them; median of 7 after 2 unmeasured.
+    The models take turns, so that a change of the machine's clock hits all of them; median of 11 after 2 unmeasured.
     """
     times: list[list[float]] = [[] for _ in models]
     ids = torch.randint(
