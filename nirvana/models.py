@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +19,12 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from nirvana.architectures import FAMILIES, describe
-from nirvana.checkpoint.tensors import CheckpointTensors
+from nirvana.architectures import FAMILIES, Architecture, describe
+from nirvana.checkpoint.tensors import INDEX, SINGLE, CheckpointTensors
 from nirvana.demo import NAME as DEMO
 from nirvana.demo import demo_checkpoint, require_gguf_packages
 from nirvana.errors import NirvanaError
-from nirvana.parameters import auto_class, check_tensors
+from nirvana.parameters import auto_class, check_tensors, count_parameters
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -71,6 +71,16 @@ class ModelSource:
         # The plan names its base as the user did, not by the folder that "demo" or a cache stands for.
         config._name_or_path = self.name
         return config
+
+    def architecture(self) -> Architecture:
+        """The prunable blocks and the parameter count, from the configuration and the names in the weight files."""
+        config = self.config()
+        folder = Path(self.path)
+        if self.gguf or not folder.is_dir() or not any((folder / file).is_file() for file in (SINGLE, INDEX)):
+            return describe(config)
+        usual = getattr(config, "scale_decoder_outputs", True)  # only T5 v1.1 leaves the question open
+        own_head = None if usual else "lm_head.weight" in CheckpointTensors(folder).info()
+        return replace(describe(config), parameters=count_parameters(config, own_head))
 
     def model(self, dtype: str = "auto", device: str = "auto") -> PreTrainedModel:
         """The model in evaluation mode.

@@ -16,14 +16,21 @@ def auto_class(config: PreTrainedConfig) -> type:
     return AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
 
 
-def count_parameters(config: PreTrainedConfig) -> int:
-    """All parameters of the model that `config` describes, tied ones once."""
+def count_parameters(config: PreTrainedConfig, own_head: bool | None = None) -> int:
+    """All parameters of the model that `config` describes, tied ones once.
+
+    Args:
+        own_head: whether the checkpoint holds a vocabulary head of its own although the class declares it tied, as T5
+            v1.1 does; None takes what is usual for the configuration.
+    """
     model = _on_meta(config)
     count = sum(parameter.numel() for parameter in model.parameters())
     head = model.get_output_embeddings().weight
-    if not getattr(config, "scale_decoder_outputs", True) and head is model.get_input_embeddings().weight:
-        # T5 v1.1 has a head of its own; transformers 5 declares it tied all the same and unties it at loading.
-        count += head.numel()
+    if head is model.get_input_embeddings().weight:
+        if own_head is None:
+            # transformers 5 declares every T5 tied and unties v1.1, which does not scale its outputs, at loading.
+            own_head = not getattr(config, "scale_decoder_outputs", True)
+        count += head.numel() if own_head else 0
     return count
 
 

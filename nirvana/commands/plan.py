@@ -26,7 +26,7 @@ def run(args: Namespace) -> None:
     check_target(args.out, args.overwrite)
     plan = allocate(
         Saliency.load(args.saliency),
-        resolve(args.model, args.trust_remote_code).config(),
+        resolve(args.model, args.trust_remote_code).architecture(),
         sparsity=args.sparsity,
         gamma=args.gamma,
         rounding=args.rounding,
