@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,11 @@ class ModelSource:
 
     def config(self) -> PreTrainedConfig:
         """The configuration; the family is checked before any weight is read."""
+        return self._config
+
+    @cached_property
+    def _config(self) -> PreTrainedConfig:
+        # Read once: for a GGUF file it takes transformers 5 s, for a Hub model a question over the network.
         try:
             config = AutoConfig.from_pretrained(self.path, **self._options)
             blocks = describe(config).blocks

@@ -42,6 +42,15 @@ class Outcome(NamedTuple):
 Cli = Callable[..., Outcome]
 
 
+@pytest.fixture(scope="module")
+def one_thread():
+    """Matrices this small gain nothing from threads, and lose much on a busy machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="session")
 def tokenizer() -> PreTrainedTokenizerFast:
     """A byte-level BPE tokenizer, trained on a built-in book."""

@@ -29,14 +29,7 @@ from nirvana.checkpoint.writer import header, write_weights
 from nirvana.parameters import auto_class
 from nirvana.progress import Progress
 
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Matrices this small gain nothing from threads, and lose much on a busy machine."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @dataclass(frozen=True)

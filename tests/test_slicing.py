@@ -13,14 +13,7 @@ import nirvana
 from nirvana import NirvanaError, PruningPlan
 from nirvana.allocation import make_plan
 
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Matrices this small gain nothing from threads, and lose much on a busy machine."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 #: One family with unequal widths of each kind: a decoder and an encoder-decoder.

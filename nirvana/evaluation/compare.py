@@ -72,13 +72,12 @@ def evaluate(
         raise NirvanaError("an encoder-decoder model is evaluated on windows without overlap; leave --stride out")
     for candidate in models:
         check_tokens(torch.stack(windows), candidate.config)
-    overlap = None if stride == window else stride
     results = []
     for index, candidate in enumerate(models):
         dense = models[1] if index == 0 and len(models) > 1 else None
         label = "evaluate" if index == 0 else "evaluate reference"
         with progress.stage(label, len(windows)) as advance:
-            score = score_text(candidate, windows, stride=overlap, reference=dense, advance=advance)
+            score = score_text(candidate, windows, stride=stride, reference=dense, advance=advance)
         results.append(
             {
                 "name": names[index],

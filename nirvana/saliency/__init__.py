@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from nirvana.architectures import Slice, describe
 from nirvana.calibration.batch import check_tokens
-from nirvana.diagnosis import check_parameters
+from nirvana.diagnosis import faulty_parameter
 from nirvana.errors import NirvanaError
 from nirvana.saliency.criteria import CRITERIA, RANDOM
 from nirvana.saliency.objectives import OBJECTIVES
@@ -76,7 +76,7 @@ def score(
         if not torch.isfinite(scores[block]).all():
             # Only when something is wrong are all parameters searched: NaN in one shows up in the gradients of others.
             fault = f"the gradient of {part.tensor} holds NaN or infinity in {model.dtype}; use --dtype float32"
-            raise NirvanaError(check_parameters(model, fault))
+            raise NirvanaError(faulty_parameter(model) or fault)
 
     if rule.needs_gradients:
         if objective not in OBJECTIVES:

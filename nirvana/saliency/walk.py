@@ -20,7 +20,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from nirvana.architectures import Architecture, Slice
 from nirvana.architectures.inputs import IGNORE, ModelInputs, model_inputs
-from nirvana.diagnosis import check_parameters, why_not_finite
+from nirvana.diagnosis import faulty_parameter, why_not_finite
 from nirvana.errors import NirvanaError
 from nirvana.patching import forward_replaced
 from nirvana.saliency.objectives import Head, Objective, Totals
@@ -105,7 +105,7 @@ def _backward(model: PreTrainedModel, objective: Objective, inputs: ModelInputs,
             inputs.valid,
             totals,
         )
-    if not torch.isfinite(gradient).all() and (fault := check_parameters(model)):
+    if not torch.isfinite(gradient).all() and (fault := faulty_parameter(model)):
         raise NirvanaError(fault)  # else the first gradient that is not finite is named
     hidden.backward(gradient.to(hidden.dtype))
     return float(value)
