@@ -1,44 +1,221 @@
-"""Reduction of |gradient x weight| to one score per unit."""
+"""Reduction of weights and gradients to one score per unit."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from nirvana.ops.backends import Matrices, choose
+from nirvana.ops.schemas import implements
 
-@torch.no_grad()
-def group_saliency(weight: Tensor, grad: Tensor, *, axis: int, group: int, out: Tensor | None = None) -> Tensor:
-    """Sum of |grad * weight| over groups of `group` consecutive rows (axis 0) or columns (axis 1).
+#: Statistic -> its bit in the masks that backends get. Rows of a result stand in the order of the bits.
+STATISTICS = {
+    "taylor": 1,  # sum |g w|: NIRVANA, arXiv 2509.14230
+    "signed": 2,  # sum g w: first-order effect of removing the unit
+    "ntk": 4,  # sum |g| = sum g sign(g): diagonal of the neural tangent kernel under Adam
+    "fisher": 8,  # sum (g w)^2
+    "magnitude": 16,  # sum |w|
+    "squared": 32,  # sum w^2
+}
+_OF_WEIGHT_ALONE = STATISTICS["magnitude"] | STATISTICS["squared"]
+_NATIVE = (torch.float32, torch.bfloat16, torch.float16)
 
-    Products and sums are in fp32 whatever the input type: in bf16 the scores of 14 336 neurons take 348 distinct
-    values and tie at the pruning threshold. Source: NIRVANA, arXiv 2509.14230 (first-order saliency).
+
+class SaliencyEntry(NamedTuple):
+    """One reduction of `foreach_group_saliency`; the fields are the arguments of `group_saliency`."""
+
+    weight: Tensor
+    grad: Tensor | None
+    axis: int
+    group: int
+    out: Tensor
+
+
+def group_saliency(
+    weight: Tensor,
+    grad: Tensor | None,
+    *,
+    axis: int,
+    group: int,
+    statistics: str | Sequence[str] = "taylor",
+    out: Tensor | None = None,
+) -> Tensor:
+    """Sums of products of `grad` and `weight` over groups of `group` consecutive rows (axis 0) or columns (axis 1).
+
+    One pass over both tensors gives any subset of the statistics. Products and sums are in fp32 or wider whatever the
+    input type: in bf16 the scores of 14 336 neurons take 348 distinct values and tie at the pruning threshold. The same
+    primitive scores (activation, gradient of the activation). Source: NIRVANA, arXiv 2509.14230 (first-order saliency).
 
     Args:
-        weight: ``[rows, columns]`` matrix, or ``[rows]`` bias with axis 0; fp32, bf16 or fp16.
-        grad: gradient of the objective by `weight`, same shape; any of the same types.
+        weight: ``[rows, columns]`` matrix, or ``[rows]`` bias with axis 0; fp32, bf16 or fp16 are read as they are,
+            other floating-point types through an fp32 copy. Rows may have any stride; a matrix whose last dimension is
+            not contiguous is copied first.
+        grad: gradient of the objective by `weight`, same shape; any of the same types. None is allowed where only
+            "magnitude" and "squared" are asked for.
         axis: the axis that is kept: 0 gives one score per group of rows, 1 one per group of columns.
         group: rows or columns per score; must divide ``weight.shape[axis]``.
-        out: fp32 ``[weight.shape[axis] // group]``; scores are added to it.
+        statistics: name, or several names, of `STATISTICS`: "taylor" (sum \\|g w\\|), "signed" (sum g w), "ntk"
+            (sum \\|g\\|), "fisher" (sum (g w)^2), "magnitude" (sum \\|w\\|), "squared" (sum w^2).
+        out: fp32 of the shape of the result; the sums are added to it.
 
     Returns:
-        fp32 ``[weight.shape[axis] // group]``: `out` if given.
+        fp32 ``[units]`` for one name, ``[names, units]`` for several; `out` if given. Equal bits on every run.
 
     Raises:
-        ValueError: shapes, axis, group or `out` do not fit each other.
+        ValueError: shapes, types, axis, group, statistics or `out` do not fit each other.
     """
+    mask, order = _statistics_mask(statistics)
+    _check(weight, grad, axis, group, mask)
+    shape = (weight.shape[axis] // group,)
+    if order is not None:
+        shape = (len(order), *shape)
+    if out is not None:
+        _check_out(out, shape, weight)
+    with torch.no_grad():
+        if torch.compiler.is_compiling():
+            sums = torch.ops.nirvana.group_saliency(weight, grad, axis, group, mask)
+        elif out is not None and out.is_contiguous() and (order is None or order == sorted(order)):
+            _launch([_normal(weight, grad, axis, group, out.view(mask.bit_count(), shape[-1]))], mask)
+            return out
+        else:
+            sums = _one(weight, grad, axis, group, mask)
+        sums = sums[order] if order is not None else sums[0]
+        return sums if out is None else out.add_(sums)
+
+
+def foreach_group_saliency(entries: Sequence[SaliencyEntry], *, statistics: str | Sequence[str] = "taylor") -> None:
+    """`group_saliency` of many tensors at once: a layer, or a whole model, in one launch.
+
+    For models so small that launches cost more than the work. Bits are those of one `group_saliency` an entry.
+
+    Args:
+        entries: (weight, grad, axis, group, out) each, all on one device. `out` is contiguous; entries that share one
+            (gate, up and down of an MLP) are added in the order of the list.
+        statistics: as for `group_saliency`; several must stand in the order of `STATISTICS`.
+
+    Raises:
+        ValueError: an entry does not fit; the message counts entries from 0.
+    """
+    mask, order = _statistics_mask(statistics)
+    if order is not None and order != sorted(order):
+        raise ValueError(f"statistics {list(statistics)} must stand in the order {', '.join(STATISTICS)}")
+    for number, entry in enumerate(entries):
+        try:
+            _check(entry.weight, entry.grad, entry.axis, entry.group, mask)
+            shape = (entry.weight.shape[entry.axis] // entry.group,)
+            _check_out(entry.out, shape if order is None else (len(order), *shape), entry.weight)
+            if not entry.out.is_contiguous():
+                raise ValueError("out must be contiguous")
+            if entry.weight.device != entries[0].weight.device:
+                raise ValueError(f"weight is on {entry.weight.device}, that of entry 0 on {entries[0].weight.device}")
+        except ValueError as error:
+            raise ValueError(f"entry {number}: {error}") from None
+    outs: list[Tensor] = []
+    targets = [_target(entry.out, outs, number) for number, entry in enumerate(entries)]
+    columns = [list(column) for column in zip(*(entry[:4] for entry in entries), strict=True)] or [[], [], [], []]
+    with torch.no_grad():
+        if torch.compiler.is_compiling():
+            torch.ops.nirvana.foreach_group_saliency_(outs, targets, *columns, mask)
+        else:
+            _foreach(outs, targets, *columns, mask)
+
+
+@implements("group_saliency")
+def _one(weight: Tensor, grad: Tensor | None, axis: int, group: int, statistics: int) -> Tensor:
+    units = weight.shape[axis] // group
+    out = torch.zeros((statistics.bit_count(), units), dtype=torch.float32, device=weight.device)
+    _launch([_normal(weight, grad, axis, group, out)], statistics)
+    return out
+
+
+@implements("foreach_group_saliency_")
+def _foreach(
+    outs: list[Tensor],
+    targets: list[int],
+    weights: list[Tensor],
+    grads: list[Tensor | None],
+    axes: list[int],
+    groups: list[int],
+    statistics: int,
+) -> None:
+    rows = statistics.bit_count()
+    _launch(
+        [
+            _normal(weight, grad, axis, group, outs[target].view(rows, weight.shape[axis] // group))
+            for weight, grad, axis, group, target in zip(weights, grads, axes, groups, targets, strict=True)
+        ],
+        statistics,
+    )
+
+
+def _launch(table: list[Matrices], statistics: int) -> None:
+    # Backends never see an empty matrix: there is nothing to add.
+    table = [entry for entry in table if entry.weight.numel()]
+    if table:
+        choose(table[0].weight.device).saliency(table, statistics)
+
+
+def _normal(weight: Tensor, grad: Tensor | None, axis: int, group: int, out: Tensor) -> Matrices:
+    """What backends read: matrices with a contiguous last dimension, in one of three types."""
+    if weight.dim() == 1:
+        axis, weight, grad = 1, weight[None], None if grad is None else grad[None]
+    return Matrices(_readable(weight), None if grad is None else _readable(grad), axis, group, out)
+
+
+def _readable(matrix: Tensor) -> Tensor:
+    if matrix.dtype not in _NATIVE:
+        matrix = matrix.float()
+    # A stride of a dimension of length 1 means nothing, and contiguous() would leave it.
+    return matrix if matrix.shape[1] <= 1 or matrix.stride(1) == 1 else matrix.contiguous()
+
+
+def _target(out: Tensor, outs: list[Tensor], number: int) -> int:
+    """Index of `out` in `outs`, where it is put unless it is there."""
+    for index, other in enumerate(outs):
+        if other is out or (other.data_ptr() == out.data_ptr() and other.shape == out.shape and out.numel()):
+            return index
+    outs.append(out)
+    return len(outs) - 1
+
+
+def _statistics_mask(statistics: str | Sequence[str]) -> tuple[int, list[int] | None]:
+    """The mask, and for several names the row of the kernel's result that each one is."""
+    names = [statistics] if isinstance(statistics, str) else list(statistics)
+    for name in names:
+        if name not in STATISTICS:
+            raise ValueError(f"statistic {name!r} must be one of {', '.join(STATISTICS)}")
+    if not names or len(set(names)) < len(names):
+        raise ValueError(f"statistics {names} must name at least one statistic, and each one once")
+    if isinstance(statistics, str):
+        return STATISTICS[statistics], None
+    ordered = [name for name in STATISTICS if name in names]
+    return sum(STATISTICS[name] for name in names), [ordered.index(name) for name in names]
+
+
+def _check(weight: Tensor, grad: Tensor | None, axis: int, group: int, mask: int) -> None:
     check_groups(weight, axis, group)
+    if not weight.is_floating_point():
+        raise ValueError(f"weight is {weight.dtype}: floating-point types are supported")
+    if grad is None:
+        if mask & ~_OF_WEIGHT_ALONE:
+            raise ValueError("grad is None, which only the statistics magnitude and squared can do without")
+        return
     if grad.shape != weight.shape:
         raise ValueError(f"grad has shape {list(grad.shape)}, weight {list(weight.shape)}: they must be equal")
-    # The reference: short and obviously right. Upcast first, because the product of two bf16 numbers does not fit bf16.
-    product = (grad.float() * weight.float()).abs_()
-    if product.dim() == 2:
-        product = product.sum(dim=1 - axis)
-    scores = product.view(-1, group).sum(dim=1)
-    if out is None:
-        return scores
-    if out.shape != scores.shape or out.dtype != torch.float32:
-        raise ValueError(f"out is {out.dtype} {list(out.shape)}, it must be torch.float32 {list(scores.shape)}")
-    return out.add_(scores)
+    if not grad.is_floating_point():
+        raise ValueError(f"grad is {grad.dtype}: floating-point types are supported")
+    if grad.device != weight.device:
+        raise ValueError(f"grad is on {grad.device}, weight on {weight.device}: they must be on one device")
+
+
+def _check_out(out: Tensor, shape: tuple[int, ...], weight: Tensor) -> None:
+    if out.shape != shape or out.dtype != torch.float32:
+        raise ValueError(f"out is {out.dtype} {list(out.shape)}, it must be torch.float32 {list(shape)}")
+    if out.device != weight.device:
+        raise ValueError(f"out is on {out.device}, weight on {weight.device}: they must be on one device")
 
 
 def check_groups(tensor: Tensor, axis: int, group: int) -> None:
