@@ -141,6 +141,7 @@ def _divergence_state(logits_p: Tensor, logits_q: Tensor) -> Tensor:
 
 def _normal(logits: Tensor) -> Tensor:
     """A matrix in one of three types with a contiguous last dimension."""
+    logits = logits.resolve_neg()
     if logits.dtype not in _NATIVE:
         logits = logits.float()
     logits = logits.reshape(-1, logits.shape[-1])

@@ -84,4 +84,6 @@ def _gather(weights: list[Tensor], kept: Tensor, axis: int, unit: int) -> list[T
 
 
 def _readable(matrix: Tensor) -> Tensor:
+    # Kernels copy bytes; lazily negated tensors and conjugates share the memory of what they are of.
+    matrix = matrix.resolve_neg().resolve_conj()
     return matrix if matrix.shape[1] <= 1 or matrix.stride(1) == 1 else matrix.contiguous()

@@ -166,6 +166,8 @@ def _normal(weight: Tensor, grad: Tensor | None, axis: int, group: int, out: Ten
 
 
 def _readable(matrix: Tensor) -> Tensor:
+    # Lazily negated tensors and conjugates share the memory of what they are of.
+    matrix = matrix.resolve_neg()
     if matrix.dtype not in _NATIVE:
         matrix = matrix.float()
     # A stride of a dimension of length 1 means nothing, and contiguous() would leave it.

@@ -1,0 +1,156 @@
+// Gather-slice: one read and one write of each kept byte.
+#include "gather.h"
+
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
+#include <algorithm>
+#include <cstring>
+
+#include "parallel.h"
+
+namespace nirvana {
+namespace {
+
+// Kept units that follow each other: copied together.
+struct Run {
+  int64_t source;  // in units
+  int64_t target;
+  int64_t length;
+};
+
+std::vector<Run> runs_of(const int64_t* kept, int64_t count) {
+  std::vector<Run> runs;
+  for (int64_t i = 0; i < count; ++i) {
+    if (!runs.empty() && runs.back().source + runs.back().length == kept[i]) {
+      ++runs.back().length;
+    } else {
+      runs.push_back({kept[i], i, 1});
+    }
+  }
+  return runs;
+}
+
+// Fresh memory costs a page fault for every 4 KB, more than the copy itself; 2 MB pages cost nothing to speak of.
+void ask_for_large_pages(char* data, int64_t bytes) {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+  constexpr uintptr_t kPage = 2 << 20;
+  const uintptr_t first = (reinterpret_cast<uintptr_t>(data) + kPage - 1) / kPage * kPage;
+  const uintptr_t last = (reinterpret_cast<uintptr_t>(data) + bytes) / kPage * kPage;
+  // Only advice: a kernel without large pages refuses it, and nothing is lost.
+  if (first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
+#else
+  (void)data, (void)bytes;
+#endif
+}
+
+template <typename Element>
+void gather_elements(const char* from, const int32_t* columns, int64_t count, char* to) {
+  for (int64_t i = 0; i < count; ++i) {
+    std::memcpy(to + i * sizeof(Element), from + columns[i] * int64_t{sizeof(Element)}, sizeof(Element));
+  }
+}
+
+void gather_rows(const std::vector<Gather>& table, const std::vector<Run>& runs, int64_t count, int64_t unit,
+                 int threads) {
+  // Pieces of about 1 MB, so that one long run is shared by the threads too.
+  struct Piece {
+    const char* from;
+    int64_t stride;
+    char* to;
+    int64_t rows;
+    int64_t row_bytes;
+  };
+  std::vector<Piece> pieces;
+  int64_t bytes = 0;
+  for (const Gather& g : table) {
+    const int64_t step = std::max<int64_t>(1, (1 << 20) / g.row_bytes);
+    for (const Run& run : runs) {
+      for (int64_t row = 0; row < run.length * unit; row += step) {
+        pieces.push_back({g.data + (run.source * unit + row) * g.row_stride, g.row_stride,
+                          g.out + (run.target * unit + row) * g.row_bytes, std::min(step, run.length * unit - row),
+                          g.row_bytes});
+      }
+    }
+    bytes += 2 * count * unit * g.row_bytes;
+  }
+  parallel_for(static_cast<int64_t>(pieces.size()), bytes, threads, [&](int64_t item) {
+    const Piece& piece = pieces[item];
+    if (piece.stride == piece.row_bytes) {
+      std::memcpy(piece.to, piece.from, piece.rows * piece.row_bytes);
+      return;
+    }
+    for (int64_t row = 0; row < piece.rows; ++row) {
+      std::memcpy(piece.to + row * piece.row_bytes, piece.from + row * piece.stride, piece.row_bytes);
+    }
+  });
+}
+
+void gather_columns(const std::vector<Gather>& table, const std::vector<Run>& runs, const int64_t* kept, int64_t count,
+                    int64_t unit, int threads) {
+  const int64_t width = count * unit;
+  // Long runs are copied as blocks; short ones element by element through a table, which needs no call each.
+  const int64_t longest = *std::max_element(kept, kept + count) * unit + unit;
+  const bool blocks = width >= static_cast<int64_t>(runs.size()) * 32 || longest > INT32_MAX;
+  std::vector<int32_t> columns;
+  if (!blocks) {
+    columns.reserve(width);
+    for (int64_t i = 0; i < count; ++i) {
+      for (int64_t j = 0; j < unit; ++j) columns.push_back(static_cast<int32_t>(kept[i] * unit + j));
+    }
+  }
+  constexpr int64_t kRows = 16;
+  std::vector<int64_t> items{0};
+  int64_t bytes = 0;
+  for (const Gather& g : table) {
+    items.push_back(items.back() + (g.rows + kRows - 1) / kRows);
+    bytes += g.rows * (g.row_bytes + width * g.element_size);
+  }
+  parallel_for(items.back(), bytes, threads, [&](int64_t item) {
+    const int64_t index = std::upper_bound(items.begin(), items.end(), item) - items.begin() - 1;
+    const Gather& g = table[index];
+    const int64_t size = g.element_size, first = (item - items[index]) * kRows;
+    for (int64_t row = first; row < std::min(g.rows, first + kRows); ++row) {
+      const char* from = g.data + row * g.row_stride;
+      char* to = g.out + row * width * size;
+      if (!blocks && size <= 8) {
+        switch (size) {
+          case 1:
+            gather_elements<uint8_t>(from, columns.data(), width, to);
+            break;
+          case 2:
+            gather_elements<uint16_t>(from, columns.data(), width, to);
+            break;
+          case 4:
+            gather_elements<uint32_t>(from, columns.data(), width, to);
+            break;
+          default:
+            gather_elements<uint64_t>(from, columns.data(), width, to);
+        }
+        continue;
+      }
+      for (const Run& run : runs) {
+        std::memcpy(to + run.target * unit * size, from + run.source * unit * size, run.length * unit * size);
+      }
+    }
+  });
+}
+
+}  // namespace
+
+void gather_slice(const std::vector<Gather>& table, const int64_t* kept, int64_t count, int axis, int64_t unit,
+                  int threads) {
+  for (const Gather& g : table) {
+    const int64_t rows = axis == 0 ? count * unit : g.rows;
+    ask_for_large_pages(g.out, rows * (axis == 0 ? g.row_bytes : count * unit * g.element_size));
+  }
+  const std::vector<Run> runs = runs_of(kept, count);
+  if (axis == 0) {
+    gather_rows(table, runs, count, unit, threads);
+  } else {
+    gather_columns(table, runs, kept, count, unit, threads);
+  }
+}
+
+}  // namespace nirvana

@@ -1,0 +1,43 @@
+// The kernels in simd/ are compiled once for each level of the instruction set, and one level is chosen at run time.
+//
+// Not with target_clones: GCC 12 splits vector operations into SSE ones before it makes the clones (9.7 instead of 25 GB/s
+// for columns of bf16), and Clang knows no clones of templates.
+#pragma once
+
+#include <cstdint>
+
+#include "saliency.h"
+
+namespace nirvana {
+
+struct Kernels {
+  const char* level;
+
+  // sums[s * stride + row] for each of the rows [first, last): 64 fp32 lanes over blocks of 2048 columns (32 terms each),
+  // then fp64.
+  void (*row_sums)(const Reduction& reduction, int64_t first, int64_t last, int statistics, double* sums,
+                   int64_t stride);
+
+  // Adds to sums[s * stride + column - left] for the columns [left, right) over the rows [first, last): fp32 over 4 rows,
+  // then fp64.
+  void (*column_sums)(const Reduction& reduction, int64_t first, int64_t last, int64_t left, int64_t right,
+                      int statistics, double* sums, int64_t stride);
+
+  // The five running sums of one row of two matrices of logits; fp32 terms, two chains of 16 lanes over blocks of 2048 words,
+  // fp64 over the blocks.
+  void (*divergence)(const Matrix& p, const Matrix& q, int64_t row, int64_t vocabulary, double* state);
+
+  // Reads two buffers once.
+  uint64_t (*checksum)(const char* first, const char* second, int64_t bytes);
+};
+
+// Those of the highest level that this processor has, or of the one that was forced.
+const Kernels& kernels();
+
+// The levels that this processor has, lowest first. All give the same bits.
+std::vector<const char*> levels();
+
+// Forces a level, for tests. False if this processor does not have it.
+bool force_level(const char* level);
+
+}  // namespace nirvana

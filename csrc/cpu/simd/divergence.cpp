@@ -1,0 +1,123 @@
+#include "lanes.h"
+
+namespace nirvana {
+namespace NIRVANA_LEVEL {
+namespace {
+
+// Words of the vocabulary whose maximum is found before they are summed: 2 x 8 KB stay in the first-level cache.
+constexpr int64_t kBlock = 2048;
+
+constexpr float kInfinity = __builtin_inff();
+
+NIRVANA_INLINE Floats greater(Floats a, Floats b) { return a > b ? a : b; }
+
+NIRVANA_INLINE float greatest(Floats value) {
+  float lanes[kLanes];
+  std::memcpy(lanes, &value, sizeof lanes);
+  for (int lane = 1; lane < kLanes; ++lane) lanes[0] = lanes[lane] > lanes[0] ? lanes[lane] : lanes[0];
+  return lanes[0];
+}
+
+// e^x for x <= 0, 0 below -87 (where e^x is 1e-38 of the largest term), NaN for NaN. Relative error at most 1.2e-7.
+// Cody and Waite: x = n ln 2 + r, e^r from its Taylor series to r^7 / 7! (|r| <= 0.35: 2e-9), 2^n put together from bits.
+NIRVANA_INLINE Floats exponential(Floats x) {
+  constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it leaves the nearest integer in the low bits
+  const Floats shifted = x * 1.44269504f + kRound;
+  const Floats n = shifted - kRound;
+  // ln 2 in two parts; n * 0.693359375 is exact.
+  const Floats r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+  Floats tail = r * (1.0f / 5040) + 1.0f / 720;
+  tail = tail * r + 1.0f / 120;
+  tail = tail * r + 1.0f / 24;
+  tail = tail * r + 1.0f / 6;
+  tail = tail * r + 0.5f;
+  const Floats value = (tail * r * r + r) + 1.0f;
+  const Floats scale = bits_of<Floats>((bits_of<Ints>(shifted) - 0x4b400000 + 127) << 23);
+  const Floats zero = {};
+  return x < -87.0f ? zero : value * scale;
+}
+
+// Running sums of one token; see nirvana/ops/divergence.py.
+struct State {
+  double max_p, sum_p, dot, max_q, sum_q;
+};
+
+struct Block {
+  Floats sum_p, dot, sum_q;
+};
+
+// Adds 16 words. `inside` is 0 for words beyond the end.
+NIRVANA_INLINE void add(Floats p, Floats q, float max_p, float max_q, Block* block) {
+  const Floats zero = {};
+  const Floats e_p = exponential(p - max_p);
+  const Floats difference = p - q;
+  // p excludes the word: nothing. q alone does: infinitely far, however small e_p is.
+  Floats product = difference == kInfinity ? zero + kInfinity : e_p * difference;
+  product = p == -kInfinity ? zero : product;
+  block->sum_p += e_p;
+  block->dot += product;
+  block->sum_q += exponential(q - max_q);
+}
+
+template <typename P, typename Q>
+NIRVANA_INLINE void add_block(const char* p, const char* q, int64_t n, State* state) {
+  const Floats lowest = Floats{} - kInfinity;
+  const int64_t whole = n / kLanes * kLanes;
+  const int rest = static_cast<int>(n - whole);
+  Floats greatest_p = lowest, greatest_q = lowest;
+  for (int64_t i = 0; i < whole; i += kLanes) {
+    greatest_p = greater(P::load(p + i * P::kSize), greatest_p);
+    greatest_q = greater(Q::load(q + i * Q::kSize), greatest_q);
+  }
+  Floats last_p = {}, last_q = {};
+  if (rest) {
+    // Words beyond the end are excluded by both.
+    const Ints lanes = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    last_p = lanes < rest ? load_first<P>(p + whole * P::kSize, rest) : lowest;
+    last_q = lanes < rest ? load_first<Q>(q + whole * Q::kSize, rest) : lowest;
+    greatest_p = greater(last_p, greatest_p);
+    greatest_q = greater(last_q, greatest_q);
+  }
+  const double max_p = greatest(greatest_p), max_q = greatest(greatest_q);
+  if (max_p > state->max_p) {
+    // What has been summed so far is taken to the new maximum. An infinite sum stays so.
+    const double factor = __builtin_exp(state->max_p - max_p);
+    state->sum_p *= factor;
+    if (state->dot != kInfinity) state->dot *= factor;
+    state->max_p = max_p;
+  }
+  if (max_q > state->max_q) {
+    state->sum_q *= __builtin_exp(state->max_q - max_q);
+    state->max_q = max_q;
+  }
+  // Nothing but -inf so far: -inf - 0 is -inf, where -inf - -inf would be NaN.
+  const float shift_p = state->max_p == -kInfinity ? 0.0f : static_cast<float>(state->max_p);
+  const float shift_q = state->max_q == -kInfinity ? 0.0f : static_cast<float>(state->max_q);
+  Block even = {}, odd = {};
+  int64_t i = 0;
+  for (; i + 2 * kLanes <= whole; i += 2 * kLanes) {
+    add(P::load(p + i * P::kSize), Q::load(q + i * Q::kSize), shift_p, shift_q, &even);
+    add(P::load(p + (i + kLanes) * P::kSize), Q::load(q + (i + kLanes) * Q::kSize), shift_p, shift_q, &odd);
+  }
+  if (i < whole) add(P::load(p + i * P::kSize), Q::load(q + i * Q::kSize), shift_p, shift_q, &even);
+  if (rest) add(last_p, last_q, shift_p, shift_q, &odd);
+  state->sum_p += sum(even.sum_p + odd.sum_p);
+  state->dot += sum(even.dot + odd.dot);
+  state->sum_q += sum(even.sum_q + odd.sum_q);
+}
+
+}  // namespace
+
+void divergence(const Matrix& p, const Matrix& q, int64_t row, int64_t vocabulary, double* state) {
+  State sums = {-kInfinity, 0, 0, -kInfinity, 0};
+  with_types(p.dtype, q.dtype, [&](auto p_type, auto q_type) __attribute__((always_inline)) {
+    for (int64_t word = 0; word < vocabulary; word += kBlock) {
+      add_block<decltype(p_type), decltype(q_type)>(p.at(row, word), q.at(row, word), smaller(kBlock, vocabulary - word),
+                                                    &sums);
+    }
+  });
+  std::memcpy(state, &sums, sizeof sums);
+}
+
+}  // namespace NIRVANA_LEVEL
+}  // namespace nirvana

@@ -1,0 +1,52 @@
+"""The `cpu` backend: C++ kernels (csrc/cpu) for CPU tensors. Thread count from torch.
+
+The module gets integers: addresses, sizes, strides, type codes. The caller holds the tensors while it works.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from nirvana import _cpu
+from nirvana.ops.backends import Matrices
+
+#: DType in csrc/cpu/saliency.h
+_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+
+def saliency(table: Sequence[Matrices], statistics: int) -> None:
+    rows: list[int] = []
+    for weight, grad, axis, group, out in table:
+        # A statistic of the weight alone reads no gradient; the kernel then gets the weight twice.
+        grad = weight if grad is None else grad
+        rows += [*_matrix(weight), *_matrix(grad), *weight.shape, axis, group, out.data_ptr()]
+    _cpu.group_saliency(rows, statistics, torch.get_num_threads())
+
+
+def gather(weights: Sequence[Tensor], kept: Tensor, axis: int, unit: int, outs: Sequence[Tensor]) -> None:
+    rows: list[int] = []
+    for weight, out in zip(weights, outs, strict=True):
+        size = weight.element_size()
+        length = weight.shape[1] * size
+        rows += [weight.data_ptr(), weight.stride(0) * size, weight.shape[0], length, size, out.data_ptr()]
+    _cpu.gather_slice(rows, kept.data_ptr(), len(kept), axis, unit, torch.get_num_threads())
+
+
+def divergence(logits_p: Tensor, logits_q: Tensor, out: Tensor) -> None:
+    _divergence(logits_p, logits_q, out.data_ptr(), 0)
+
+
+def divergence_state(logits_p: Tensor, logits_q: Tensor, state: Tensor) -> None:
+    _divergence(logits_p, logits_q, 0, state.data_ptr())
+
+
+def _divergence(logits_p: Tensor, logits_q: Tensor, out: int, state: int) -> None:
+    matrices = [*_matrix(logits_p), *_matrix(logits_q)]
+    _cpu.kl_divergence(matrices, *logits_p.shape, out, state, torch.get_num_threads())
+
+
+def _matrix(tensor: Tensor) -> tuple[int, int, int]:
+    return tensor.data_ptr(), _CODES[tensor.dtype], tensor.stride(0)

@@ -1,0 +1,164 @@
+"""The `cuda` backend: CUDA C++ kernels for NVIDIA GPUs, in csrc/cuda.
+
+This side turns tensors into numbers: addresses, sizes, type codes, and for `saliency` one table for any number of
+matrices. Nothing waits for the GPU; workspaces come from torch's allocator on the current stream, which does not give
+them out again before the kernels are done.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from nirvana import _cuda
+from nirvana.ops.backends import Matrices
+from nirvana.ops.saliency import STATISTICS
+
+TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+#: (rows, columns) of a tile where axis 0 is kept and where axis 1 is, as the kernels have them.
+TILES = ((8, 2048), (128, 256))
+
+# How the kernels read: 16-bit elements with 128-bit loads, any with 128-bit loads, any one by one.
+_HALF, _VECTOR, _SCALAR = 0, 1, 2
+_VECTOR_BYTES = 16
+_WARP = 32
+
+_READ_WEIGHT = ~STATISTICS["ntk"]
+_READ_GRAD = ~(STATISTICS["magnitude"] | STATISTICS["squared"])
+
+
+class Table(NamedTuple):
+    """What one call of the saliency kernels needs.
+
+    Attributes:
+        values: the table itself, int64: of each entry (weight, grad, their strides in bytes, their types, rows, columns,
+            axis, group, access, partials, next entry with the same output or -1); first tile of each entry, and their
+            number; of each output (address, units, first entry, units per block); first block of each output, and
+            their number.
+        entries, outputs, tiles, blocks: numbers of these.
+        workspace: fp32 elements of partial sums.
+    """
+
+    values: list[int]
+    entries: int
+    outputs: int
+    tiles: int
+    blocks: int
+    workspace: int
+
+
+def saliency(table: Sequence[Matrices], statistics: int) -> None:
+    for part in _independent(table):
+        plan = build_table(part, statistics)
+        device = part[0].weight.device
+        values = torch.tensor(plan.values, dtype=torch.int64, pin_memory=device.type == "cuda")
+        on_device = values.to(device, non_blocking=True)
+        workspace = torch.empty(plan.workspace, dtype=torch.float32, device=device)
+        _cuda.saliency(
+            on_device.data_ptr(),
+            plan.entries,
+            plan.outputs,
+            plan.tiles,
+            plan.blocks,
+            workspace.data_ptr(),
+            statistics,
+            *_queue(device),
+        )
+
+
+def gather(weights: Sequence[Tensor], kept: Tensor, axis: int, unit: int, outs: Sequence[Tensor]) -> None:
+    size = weights[0].element_size()
+    by_size: dict[int, list[tuple[int, int, int, int, int]]] = {}
+    for weight, out in zip(weights, outs, strict=True):
+        size = weight.element_size()
+        row = (weight.data_ptr(), _row_bytes(weight), out.data_ptr(), out.shape[0], out.shape[1] * size)
+        by_size.setdefault(size if axis == 1 else 1, []).append(row)
+    for size, rows in by_size.items():
+        # Bytes a unit of columns; a unit of rows is counted in rows.
+        _cuda.gather(rows, kept.data_ptr(), axis, unit * size, *_queue(kept.device))
+
+
+def divergence(logits_p: Tensor, logits_q: Tensor, out: Tensor) -> None:
+    _divergence(logits_p, logits_q, out.data_ptr(), 0)
+
+
+def divergence_state(logits_p: Tensor, logits_q: Tensor, state: Tensor) -> None:
+    _divergence(logits_p, logits_q, 0, state.data_ptr())
+
+
+def build_table(table: Sequence[Matrices], statistics: int) -> Table:
+    """The table of `saliency` for matrices on any device; a pure function of their addresses, shapes and types."""
+    read_weight, read_grad = bool(statistics & _READ_WEIGHT), bool(statistics & _READ_GRAD)
+    count = statistics.bit_count()
+    rows: list[list[int]] = []
+    tiles, partials = [0], 0
+    outputs: dict[int, list[int]] = {}  # address of out -> units, first entry, last entry, units per block
+    for number, (weight, grad, axis, group, out) in enumerate(table):
+        height, width = weight.shape
+        tile_rows, tile_columns = TILES[axis]
+        down, across = -(-height // tile_rows), -(-width // tile_columns)
+        weight_type = TYPES[weight.dtype]
+        weight_row = [weight.data_ptr(), _row_bytes(weight), weight_type]
+        grad_row = [0, 0, weight_type] if grad is None else [grad.data_ptr(), _row_bytes(grad), TYPES[grad.dtype]]
+        # A matrix that no statistic reads must not decide how the other one is read.
+        read = [row for row, used in ((weight_row, read_weight), (grad_row, read_grad)) if used]
+        aligned = not any(address % _VECTOR_BYTES or stride % _VECTOR_BYTES for address, stride, _ in read)
+        half = all(kind for _, _, kind in read)
+        access = (_HALF if half else _VECTOR) if aligned else _SCALAR
+        pairs = [value for pair in zip(weight_row, grad_row, strict=True) for value in pair]
+        rows.append([*pairs, height, width, axis, group, access, partials, -1])
+        tiles.append(tiles[-1] + down * across)
+        partials += count * (height * across if axis == 0 else width * down)
+
+        units_a_block = _WARP // min(1 << (group.bit_length() - 1), _WARP)
+        output = outputs.setdefault(out.data_ptr(), [out.shape[1], number, number, 0])
+        if output[2] != number:
+            rows[output[2]][-1] = number
+        output[2] = number
+        output[3] = max(output[3], units_a_block)
+
+    blocks, targets = [0], []
+    for address, (units, first, _, units_a_block) in outputs.items():
+        targets += [address, units, first, units_a_block]
+        blocks.append(blocks[-1] - (-units // units_a_block))
+    values = [value for row in rows for value in row] + tiles + targets + blocks
+    return Table(values, len(rows), len(outputs), tiles[-1], blocks[-1], partials)
+
+
+def _independent(table: Sequence[Matrices]) -> list[Sequence[Matrices]]:
+    """The table in parts of which each has outputs that are equal or do not overlap; the kernels add to them at once."""
+    spans = sorted({(out.data_ptr(), out.numel() * out.element_size()) for *_, out in table})
+    if all(start + size <= after for (start, size), (after, _) in zip(spans, spans[1:], strict=False)):
+        return [table]
+    return [[entry] for entry in table]
+
+
+def _divergence(p: Tensor, q: Tensor, out: int, state: int) -> None:
+    tokens, vocabulary = p.shape
+    _cuda.divergence(
+        p.data_ptr(),
+        _row_bytes(p),
+        TYPES[p.dtype],
+        q.data_ptr(),
+        _row_bytes(q),
+        TYPES[q.dtype],
+        tokens,
+        vocabulary,
+        out,
+        state,
+        *_queue(p.device),
+    )
+
+
+def _row_bytes(matrix: Tensor) -> int:
+    """Bytes from row to row; 0 for a single row, whose stride may be any number."""
+    return matrix.stride(0) * matrix.element_size() if matrix.shape[0] > 1 else 0
+
+
+def _queue(device: torch.device) -> tuple[int, int]:
+    """Index of the device and its current stream."""
+    return device.index, torch._C._cuda_getCurrentRawStream(device.index)
