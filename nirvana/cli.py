@@ -1,8 +1,9 @@
-"""The command line: ``nirvana prune | score | plan | apply | eval | info``."""
+"""The command line: ``nirvana prune | score | plan | apply | eval | info | bench``."""
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import logging
 import os
 import signal
@@ -12,8 +13,10 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from nirvana import __version__
-from nirvana.commands import apply, eval, info, plan, prune, score
+from nirvana.commands import apply, bench, eval, info, plan, prune, score
 from nirvana.errors import NirvanaError
+from nirvana.models import resolve_device
+from nirvana.ops.backends import choose, use_backend
 
 COMMANDS = {
     "prune": prune,
@@ -22,6 +25,7 @@ COMMANDS = {
     "apply": apply,
     "eval": eval,
     "info": info,
+    "bench": bench,
 }
 
 DESCRIPTION = """\
@@ -68,7 +72,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     # A polite kill unwinds like Ctrl-C, so that temporary folders go.
     signal.signal(signal.SIGTERM, _interrupt)
     try:
-        COMMANDS[args.command].run(args)
+        with _backend(args):
+            COMMANDS[args.command].run(args)
         code = 0
     except (NirvanaError, OSError) as error:
         # An OSError that nobody has put into words is about a name or a place that the user gave: too long, no access.
@@ -84,6 +89,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return code or (1 if isinstance(error, BrokenPipeError) else _refuse(args.command, f"stdout: {error}", 1))
     return code
+
+
+def _backend(args: argparse.Namespace) -> contextlib.AbstractContextManager[object]:
+    """The kernels that `--backend` asks for; refused at once where they cannot serve the device of the job."""
+    if not hasattr(args, "backend"):
+        return contextlib.nullcontext()
+    chosen = use_backend(args.backend)
+    choose(resolve_device(getattr(args, "device", "cpu")))
+    return chosen
 
 
 def _refuse(command: str, message: str, code: int) -> int:

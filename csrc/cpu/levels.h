@@ -23,8 +23,8 @@ struct Kernels {
   void (*column_sums)(const Reduction& reduction, int64_t first, int64_t last, int64_t left, int64_t right,
                       int statistics, double* sums, int64_t stride);
 
-  // The five running sums of one row of two matrices of logits; fp32 terms, two chains of 16 lanes over blocks of 2048 words,
-  // fp64 over the blocks.
+  // The five running sums of one row of two matrices of logits; fp32 terms, 64 lanes over blocks of 1024 words, then
+  // fp64.
   void (*divergence)(const Matrix& p, const Matrix& q, int64_t row, int64_t vocabulary, double* state);
 
   // Reads two buffers once.

@@ -17,6 +17,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--plan", required=True, metavar="FILE", help="plan.json, or a folder that nirvana wrote")
     options.add_output(parser, "the checkpoint")
     parser.add_argument("--dtype", default="auto", metavar="TYPE", help="auto keeps the stored types")
+    options.add_backend(parser)
     parser.add_argument("--max-shard-size", default="50GB", metavar="SIZE", help="largest weight file (default: 50GB)")
 
 

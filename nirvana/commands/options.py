@@ -7,6 +7,7 @@ from argparse import ArgumentParser
 from nirvana.allocation import ALLOCATIONS, ROUNDINGS, SCOPES
 from nirvana.calibration.corpora import BUILT_IN
 from nirvana.models import DTYPES
+from nirvana.ops.backends import AUTO, BACKENDS
 from nirvana.saliency import CRITERION_NAMES, OBJECTIVES
 
 MODEL_HELP = "Hub id, checkpoint folder, .gguf file, or 'demo' (SmolLM2-135M-Instruct)"
@@ -27,6 +28,16 @@ def add_placement(parser: ArgumentParser) -> None:
         default="auto",
         metavar="TYPE",
         help=f"auto (as stored), {', '.join(DTYPES)}; also of what is written",
+    )
+    add_backend(parser)
+
+
+def add_backend(parser: ArgumentParser) -> None:
+    parser.add_argument(
+        "--backend",
+        default=AUTO,
+        metavar="NAME",
+        help=f"kernels: {AUTO} (by device), {', '.join(BACKENDS)}; 'nirvana info' lists what is available",
     )
 
 

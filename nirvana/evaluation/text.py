@@ -15,6 +15,7 @@ from nirvana.architectures.inputs import IGNORE, model_inputs
 from nirvana.calibration import token_ids
 from nirvana.diagnosis import why_not_finite
 from nirvana.errors import NirvanaError
+from nirvana.ops import kl_divergence
 
 #: Positions whose log-probabilities exist at once: 128 x 49 152 fp32 values are 25 MB.
 POSITIONS = 128
@@ -108,8 +109,7 @@ def score_text(
             log_q = F.log_softmax(logits[part].float(), dim=-1)
             nll -= log_q.gather(1, targets[part, None]).double().sum().item()
             if dense is not None:
-                log_p = F.log_softmax(dense[part].float(), dim=-1)
-                divergence += (log_p.exp() * (log_p - log_q)).sum(dim=1).double().sum().item()
+                divergence += kl_divergence(dense[part], logits[part]).double().sum().item()
         tokens += len(counted)
         advance(1)
     if not math.isfinite(nll):

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from nirvana.ops.backends import choose
-from nirvana.ops.schemas import implements
+from nirvana.ops.schemas import implements, traced
 
 _NATIVE = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -35,7 +35,7 @@ def kl_divergence(logits_p: Tensor, logits_q: Tensor) -> Tensor:
     """
     _check(logits_p, logits_q)
     with torch.no_grad():
-        if torch.compiler.is_compiling():
+        if traced(logits_p, logits_q):
             return torch.ops.nirvana.kl_divergence(logits_p, logits_q)
         return _divergence(logits_p, logits_q)
 
@@ -81,15 +81,13 @@ def linear_kl_divergence(
     if chunk < 1:
         raise ValueError(f"chunk {chunk} must be at least 1")
     with torch.no_grad():
-        p, q = hidden_p.flatten(0, -2), hidden_q.flatten(0, -2)
-        if hidden_p.dim() == 1:
-            p, q = hidden_p[None], hidden_q[None]
+        p, q = (hidden.reshape(-1, hidden.shape[-1]) for hidden in (hidden_p, hidden_q))
         state = None
         for start in range(0, weight_p.shape[0], chunk):
             part = slice(start, start + chunk)
             logits_p = torch.nn.functional.linear(p, weight_p[part], None if bias_p is None else bias_p[part])
             logits_q = torch.nn.functional.linear(q, weight_q[part], None if bias_q is None else bias_q[part])
-            if torch.compiler.is_compiling():
+            if traced(logits_p, logits_q):
                 mine = torch.ops.nirvana.kl_divergence_state(logits_p, logits_q)
             else:
                 mine = _divergence_state(logits_p, logits_q)

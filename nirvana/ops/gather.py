@@ -10,7 +10,7 @@ from torch import Tensor
 
 from nirvana.ops.backends import choose
 from nirvana.ops.saliency import check_groups
-from nirvana.ops.schemas import implements
+from nirvana.ops.schemas import implements, traced
 
 
 @overload
@@ -51,7 +51,7 @@ def gather_slice(weight, kept, *, axis, unit=1):
     if not weights:
         return []
     with torch.no_grad():
-        if torch.compiler.is_compiling():
+        if traced(*weights):
             results = torch.ops.nirvana.gather_slice(weights, units, axis, unit)
         else:
             results = _gather(weights, units, axis, unit)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 
 from nirvana.ops.backends import Matrices, choose
-from nirvana.ops.schemas import implements
+from nirvana.ops.schemas import implements, traced
 
 #: Statistic -> its bit in the masks that backends get. Rows of a result stand in the order of the bits.
 STATISTICS = {
@@ -75,14 +76,15 @@ def group_saliency(
     if out is not None:
         _check_out(out, shape, weight)
     with torch.no_grad():
-        if torch.compiler.is_compiling():
+        if traced(weight):
             sums = torch.ops.nirvana.group_saliency(weight, grad, axis, group, mask)
         elif out is not None and out.is_contiguous() and (order is None or order == sorted(order)):
             _launch([_normal(weight, grad, axis, group, out.view(mask.bit_count(), shape[-1]))], mask)
             return out
         else:
             sums = _one(weight, grad, axis, group, mask)
-        sums = sums[order] if order is not None else sums[0]
+        # Rows one by one: a list as an index would be copied to a GPU first.
+        sums = sums[0] if order is None else torch.stack([sums[row] for row in order])
         return sums if out is None else out.add_(sums)
 
 
@@ -113,11 +115,10 @@ def foreach_group_saliency(entries: Sequence[SaliencyEntry], *, statistics: str 
                 raise ValueError(f"weight is on {entry.weight.device}, that of entry 0 on {entries[0].weight.device}")
         except ValueError as error:
             raise ValueError(f"entry {number}: {error}") from None
-    outs: list[Tensor] = []
-    targets = [_target(entry.out, outs, number) for number, entry in enumerate(entries)]
+    outs, targets = _targets(entries)
     columns = [list(column) for column in zip(*(entry[:4] for entry in entries), strict=True)] or [[], [], [], []]
     with torch.no_grad():
-        if torch.compiler.is_compiling():
+        if traced(*(entry.weight for entry in entries)):
             torch.ops.nirvana.foreach_group_saliency_(outs, targets, *columns, mask)
         else:
             _foreach(outs, targets, *columns, mask)
@@ -174,13 +175,27 @@ def _readable(matrix: Tensor) -> Tensor:
     return matrix if matrix.shape[1] <= 1 or matrix.stride(1) == 1 else matrix.contiguous()
 
 
-def _target(out: Tensor, outs: list[Tensor], number: int) -> int:
-    """Index of `out` in `outs`, where it is put unless it is there."""
-    for index, other in enumerate(outs):
-        if other is out or (other.data_ptr() == out.data_ptr() and other.shape == out.shape and out.numel()):
-            return index
-    outs.append(out)
-    return len(outs) - 1
+def _targets(entries: Sequence[SaliencyEntry]) -> tuple[list[Tensor], list[int]]:
+    """The different outs, and for each entry the index of its own.
+
+    Raises:
+        ValueError: two outs share a part of their memory; kernels add to different outs side by side.
+    """
+    outs: dict[object, Tensor] = {}
+    keys = []
+    for entry in entries:
+        # Tensors that are only recorded have no address; there only one and the same tensor counts as the same.
+        key = id(entry.out) if traced(entry.out) else (entry.out.data_ptr(), entry.out.numel())
+        keys.append(key)
+        outs.setdefault(key, entry.out)
+    spans = sorted(key for key in outs if isinstance(key, tuple) and key[1])
+    for (start, size), (after, _) in itertools.pairwise(spans):
+        if start + 4 * size > after:
+            raise ValueError(
+                "two entries have outs that overlap without being the same; give each its own, or one to both"
+            )
+    order = list(outs)
+    return list(outs.values()), [order.index(key) for key in keys]
 
 
 def _statistics_mask(statistics: str | Sequence[str]) -> tuple[int, list[int] | None]:

@@ -25,6 +25,13 @@ LIBRARY.define("kl_divergence(Tensor logits_p, Tensor logits_q) -> Tensor")
 LIBRARY.define("kl_divergence_state(Tensor logits_p, Tensor logits_q) -> Tensor")
 
 
+def traced(*tensors: Tensor) -> bool:
+    """Whether a call is only recorded (compiled, exported, fake tensors), which is what the dispatcher is for."""
+    return torch.compiler.is_compiling() or any(
+        type(tensor) is not Tensor and not isinstance(tensor, torch.nn.Parameter) for tensor in tensors
+    )
+
+
 def implements(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Register the decorated function as the operator `name` on every device, outside of the graph."""
 

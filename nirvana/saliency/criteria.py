@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from nirvana.architectures import Slice
@@ -32,7 +31,7 @@ def _nirvana(weight: Tensor, gradient: Tensor | None, part: Slice, scores: Tenso
 
 def _magnitude(weight: Tensor, gradient: Tensor | None, part: Slice, scores: Tensor) -> None:
     """Sum of |weight|: the baseline that needs no data."""
-    group_saliency(weight, torch.ones_like(weight), axis=part.axis, group=part.unit, out=scores)
+    group_saliency(weight, None, axis=part.axis, group=part.unit, statistics="magnitude", out=scores)
 
 
 CRITERIA = {

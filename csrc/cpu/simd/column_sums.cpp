@@ -43,7 +43,10 @@ NIRVANA_INLINE void add_row_block(const char* w, int64_t w_step, const char* g, 
       },
       rows, sums);
   each_wanted<Terms>(statistics, [&](int s, int term) __attribute__((always_inline)) {
-    for (int i = 0; i < n; ++i) out[s * stride + column + i] += sums[term][i];
+    double lanes[kLanes];
+    const Doubles wide = widen(sums[term]);
+    std::memcpy(lanes, &wide, sizeof lanes);
+    for (int i = 0; i < n; ++i) out[s * stride + column + i] += lanes[i];
   });
 }
 

@@ -4,12 +4,14 @@ namespace nirvana {
 namespace NIRVANA_LEVEL {
 namespace {
 
-// Words of the vocabulary whose maximum is found before they are summed: 2 x 8 KB stay in the first-level cache.
-constexpr int64_t kBlock = 2048;
+// Words of the vocabulary whose maximum is found before they are summed: 2 x 4 KB stay in the first-level cache, and a lane
+// adds 16 terms before it is widened.
+constexpr int64_t kBlock = 1024;
+constexpr int kChains = 4;
 
 constexpr float kInfinity = __builtin_inff();
 
-NIRVANA_INLINE Floats greater(Floats a, Floats b) { return a > b ? a : b; }
+NIRVANA_INLINE Floats greater(Floats a, Floats b) { return select(a > b, a, b); }
 
 NIRVANA_INLINE float greatest(Floats value) {
   float lanes[kLanes];
@@ -32,9 +34,8 @@ NIRVANA_INLINE Floats exponential(Floats x) {
   tail = tail * r + 1.0f / 6;
   tail = tail * r + 0.5f;
   const Floats value = (tail * r * r + r) + 1.0f;
-  const Floats scale = bits_of<Floats>((bits_of<Ints>(shifted) - 0x4b400000 + 127) << 23);
-  const Floats zero = {};
-  return x < -87.0f ? zero : value * scale;
+  const Floats scale = bits_of<Floats>((bits_of<Ints>(shifted) + (127 - 0x4b400000)) << 23);
+  return select(x < -87.0f, all(0.0f), value * scale);
 }
 
 // Running sums of one token; see nirvana/ops/divergence.py.
@@ -46,22 +47,22 @@ struct Block {
   Floats sum_p, dot, sum_q;
 };
 
-// Adds 16 words. `inside` is 0 for words beyond the end.
+// Adds 16 words. Both logits are counted from the maximum of theirs: a difference as large as that of the two maxima would
+// multiply the rounding errors of e_p.
 NIRVANA_INLINE void add(Floats p, Floats q, float max_p, float max_q, Block* block) {
-  const Floats zero = {};
-  const Floats e_p = exponential(p - max_p);
-  const Floats difference = p - q;
+  const Floats to_max_p = p - max_p, to_max_q = q - max_q;
+  const Floats e_p = exponential(to_max_p), difference = to_max_p - to_max_q;
   // p excludes the word: nothing. q alone does: infinitely far, however small e_p is.
-  Floats product = difference == kInfinity ? zero + kInfinity : e_p * difference;
-  product = p == -kInfinity ? zero : product;
+  Floats product = select(difference == kInfinity, all(kInfinity), e_p * difference);
+  product = select(p == -kInfinity, all(0.0f), product);
   block->sum_p += e_p;
   block->dot += product;
-  block->sum_q += exponential(q - max_q);
+  block->sum_q += exponential(to_max_q);
 }
 
 template <typename P, typename Q>
 NIRVANA_INLINE void add_block(const char* p, const char* q, int64_t n, State* state) {
-  const Floats lowest = Floats{} - kInfinity;
+  const Floats lowest = all(-kInfinity);
   const int64_t whole = n / kLanes * kLanes;
   const int rest = static_cast<int>(n - whole);
   Floats greatest_p = lowest, greatest_q = lowest;
@@ -72,9 +73,10 @@ NIRVANA_INLINE void add_block(const char* p, const char* q, int64_t n, State* st
   Floats last_p = {}, last_q = {};
   if (rest) {
     // Words beyond the end are excluded by both.
-    const Ints lanes = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-    last_p = lanes < rest ? load_first<P>(p + whole * P::kSize, rest) : lowest;
-    last_q = lanes < rest ? load_first<Q>(q + whole * Q::kSize, rest) : lowest;
+    constexpr int32_t kNumbers[kLanes] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    const Ints lanes = read<Ints>(kNumbers);
+    last_p = select(lanes < rest, load_first<P>(p + whole * P::kSize, rest), lowest);
+    last_q = select(lanes < rest, load_first<Q>(q + whole * Q::kSize, rest), lowest);
     greatest_p = greater(last_p, greatest_p);
     greatest_q = greater(last_q, greatest_q);
   }
@@ -93,17 +95,24 @@ NIRVANA_INLINE void add_block(const char* p, const char* q, int64_t n, State* st
   // Nothing but -inf so far: -inf - 0 is -inf, where -inf - -inf would be NaN.
   const float shift_p = state->max_p == -kInfinity ? 0.0f : static_cast<float>(state->max_p);
   const float shift_q = state->max_q == -kInfinity ? 0.0f : static_cast<float>(state->max_q);
-  Block even = {}, odd = {};
+  Block chains[kChains] = {};
   int64_t i = 0;
-  for (; i + 2 * kLanes <= whole; i += 2 * kLanes) {
-    add(P::load(p + i * P::kSize), Q::load(q + i * Q::kSize), shift_p, shift_q, &even);
-    add(P::load(p + (i + kLanes) * P::kSize), Q::load(q + (i + kLanes) * Q::kSize), shift_p, shift_q, &odd);
+  for (; i + kChains * kLanes <= whole; i += kChains * kLanes) {
+    for (int chain = 0; chain < kChains; ++chain) {
+      const int64_t at = i + chain * kLanes;
+      add(P::load(p + at * P::kSize), Q::load(q + at * Q::kSize), shift_p, shift_q, &chains[chain]);
+    }
   }
-  if (i < whole) add(P::load(p + i * P::kSize), Q::load(q + i * Q::kSize), shift_p, shift_q, &even);
-  if (rest) add(last_p, last_q, shift_p, shift_q, &odd);
-  state->sum_p += sum(even.sum_p + odd.sum_p);
-  state->dot += sum(even.dot + odd.dot);
-  state->sum_q += sum(even.sum_q + odd.sum_q);
+  for (; i < whole; i += kLanes) {
+    add(P::load(p + i * P::kSize), Q::load(q + i * Q::kSize), shift_p, shift_q, &chains[0]);
+  }
+  if (rest) add(last_p, last_q, shift_p, shift_q, &chains[1]);
+  for (const Block& chain : chains) {
+    const double sum_p = sum(chain.sum_p);
+    state->sum_p += sum_p;
+    state->dot += sum(chain.dot) + (static_cast<double>(shift_p) - shift_q) * sum_p;
+    state->sum_q += sum(chain.sum_q);
+  }
 }
 
 }  // namespace

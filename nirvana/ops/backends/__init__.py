@@ -7,6 +7,7 @@ not empty: matrices whose last stride is 1 (or whose last dimension is); a bias 
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import os
 from collections.abc import Callable, Sequence
 from typing import NamedTuple, Protocol
@@ -90,7 +91,7 @@ def _why_not_built(name: str, needs: str) -> str | None:
     except ImportError as error:
         missing = isinstance(error, ModuleNotFoundError)
         return f"not built: {remedy}" if missing else f"cannot be loaded ({error}): {remedy}"
-    if module.INTERFACE != NATIVE_INTERFACE:
+    if getattr(module, "INTERFACE", None) != NATIVE_INTERFACE:
         return f"built from another version of nirvana: {remedy}"
     return None
 

@@ -26,7 +26,7 @@ def saliency(table: Sequence[Matrices], statistics: int) -> None:
         weight, grad = weight.float(), None if grad is None else grad.float()
         names = [name for name, bit in STATISTICS.items() if statistics & bit]
         for row, name in zip(out, names, strict=True):
-            row += _TERMS[name](weight, grad).sum(dim=1 - axis).view(-1, group).sum(dim=1)
+            row += _sum(_sum(_TERMS[name](weight, grad), 1 - axis).view(-1, group), 1)
 
 
 def gather(weights: Sequence[Tensor], kept: Tensor, axis: int, unit: int, outs: Sequence[Tensor]) -> None:
@@ -37,7 +37,7 @@ def gather(weights: Sequence[Tensor], kept: Tensor, axis: int, unit: int, outs: 
 def divergence(logits_p: Tensor, logits_q: Tensor, out: Tensor) -> None:
     log_p = torch.log_softmax(logits_p.float(), dim=-1)
     log_q = torch.log_softmax(logits_q.float(), dim=-1)
-    out.copy_(_weighted(log_p.exp(), log_p, log_q).sum(dim=-1))
+    out.copy_(_sum(_weighted(log_p.exp(), log_p, log_q), -1))
 
 
 def divergence_state(logits_p: Tensor, logits_q: Tensor, state: Tensor) -> None:
@@ -46,10 +46,15 @@ def divergence_state(logits_p: Tensor, logits_q: Tensor, state: Tensor) -> None:
     # A chunk of -inf alone has no finite maximum: its sums are 0.
     e_p = torch.where(p == -torch.inf, 0.0, (p - max_p[:, None]).exp())
     e_q = torch.where(q == -torch.inf, 0.0, (q - max_q[:, None]).exp())
-    torch.stack([max_p, e_p.sum(-1), _weighted(e_p, p, q).sum(-1), max_q, e_q.sum(-1)], out=state)
+    torch.stack([max_p, _sum(e_p, -1), _sum(_weighted(e_p, p, q), -1), max_q, _sum(e_q, -1)], out=state)
 
 
 def _weighted(probability: Tensor, p: Tensor, q: Tensor) -> Tensor:
     """probability * (p - q): 0 where p excludes a word, infinite where q alone does, however small the probability."""
     product = torch.where(p - q == torch.inf, torch.inf, probability * (p - q))
     return torch.where(p == -torch.inf, 0.0, product)
+
+
+def _sum(terms: Tensor, dim: int) -> Tensor:
+    # In parts, because torch splits a sum of more than 32 767 terms to one value between its threads.
+    return torch.stack([part.sum(dim) for part in terms.split(16384, dim)]).sum(dim=0)

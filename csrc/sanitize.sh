@@ -1,0 +1,25 @@
+#!/usr/bin/env bash
+# Builds nirvana._cpu with sanitizers in a folder of its own and runs the operator tests on it.
+#   csrc/sanitize.sh PYTHON address,undefined|thread [pytest options]
+# The sanitizer's runtime must be loaded before Python; libstdc++ with it, so that it sees C++ exceptions. Leaks are not
+# looked for: Python itself never frees what it keeps to its end.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+python=$(realpath -s "$1") kind=$2
+shift 2
+folder=build/sanitize-$kind
+mkdir -p "$folder"
+rm -rf "$folder/nirvana"
+cp -r nirvana "$folder/nirvana"
+rm -f "$folder"/nirvana/_c*.so
+NIRVANA_SANITIZE=$kind NIRVANA_CUDA=0 "$python" setup.py --quiet build_ext --build-lib "$folder" --build-temp "$folder/objects"
+runtime=libtsan.so
+if [ "${kind%%,*}" = address ]; then runtime=libasan.so; fi
+cxx=${CXX:-g++}
+export LD_PRELOAD="$($cxx -print-file-name=$runtime) $($cxx -print-file-name=libstdc++.so)"
+export ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 TSAN_OPTIONS="report_bugs=1 halt_on_error=1"
+root=$PWD
+cd "$folder"
+# From here, `import nirvana` finds the copy.
+"$python" -c 'import nirvana._cpu as m, os; assert m.__file__.startswith(os.getcwd()), m.__file__; print("testing", m.__file__)'
+"$python" -m pytest -q -p no:cacheprovider -c "$root/pyproject.toml" --rootdir "$root" "$@"
