@@ -1,0 +1,111 @@
+"""Every backend on the device against float64 on odd shapes, and twice for the same bits: a small pass that also runs
+where pytest is missing, and under compute-sanitizer.
+
+    python -m nirvana.benchmarks.correctness [--device cuda] [--quick]
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nirvana.benchmarks import harness, kl, saliency
+from nirvana.benchmarks.harness import Settings, Way, WrongResultError
+from nirvana.ops import SaliencyEntry, foreach_group_saliency, gather_slice, group_saliency, kl_divergence
+
+#: (rows, columns, group): one, odd, longer than a tile in either direction, and of ordinary size.
+SHAPES = ((1, 1, 1), (15, 37, 1), (255, 513, 1), (3, 4099, 1), (4099, 3, 1), (384, 1024, 64), (1024, 2048, 1))
+QUICK_SHAPES = SHAPES[1:3]
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def checks(settings: Settings) -> Iterator[tuple[str, Callable[[Way], None]]]:
+    """Name and check; a check is called inside `use_backend` and raises WrongResultError."""
+    device = settings.device
+    shapes = QUICK_SHAPES if settings.quick else SHAPES
+    for (rows, columns, group), dtype, axis in itertools.product(shapes, DTYPES, (0, 1)):
+        if (rows, columns)[axis] % group == 0:
+            arguments = rows, columns, group, axis, dtype, device
+            yield f"group_saliency {arguments}", functools.partial(_saliency, *arguments)
+            yield f"gather_slice {arguments}", functools.partial(_gather, *arguments)
+    for (tokens, vocabulary, _), dtype in itertools.product(shapes, DTYPES):
+        yield f"kl_divergence {tokens, vocabulary, dtype}", functools.partial(_kl, tokens, vocabulary, dtype, device)
+    yield "foreach_group_saliency", functools.partial(_foreach, shapes, device)
+
+
+def run(settings: Settings) -> dict[str, Any]:
+    """A record for each backend; those that fail are named under ``failures``."""
+    records, failures = [], []
+    for backend in harness.backends(settings.device):
+        count, result = 0, "passed"
+        for name, check in checks(settings):
+            try:
+                with harness.forced(backend):
+                    check(Way(f"{backend}: {name}", check, tolerance=harness.PRECISE))
+            except Exception as error:
+                result = f"{type(error).__name__}: {error}"
+                failures.append(f"{backend}: {name}: {result}")
+                break
+            count += 1
+        records.append({"backend": backend, "checks_passed": count, "result": result})
+    return harness.document("correctness", settings, [], backends=records) | {"failures": failures}
+
+
+def _saliency(rows: int, columns: int, group: int, axis: int, dtype: torch.dtype, device: str, way: Way) -> None:
+    weight, grad = saliency.draw(rows, columns, dtype, device, 0)
+    first, second = (group_saliency(weight, grad, axis=axis, group=group) for _ in range(2))
+    harness.assert_close(way, first, saliency.exact(weight, grad, axis, group))
+    _assert_same(way, first, second)
+
+
+def _foreach(shapes: tuple, device: str, way: Way) -> None:
+    """One call for everything has the bits of a call each."""
+    entries, alone = [], []
+    for (rows, columns, group), dtype in itertools.product(shapes, DTYPES):
+        weight, grad = saliency.draw(rows, columns, dtype, device, 1)
+        axis = 0 if rows % group == 0 else 1
+        out = torch.zeros((rows, columns)[axis] // group, device=device)
+        entries.append(SaliencyEntry(weight, grad, axis, group, out))
+        alone.append(group_saliency(weight, grad, axis=axis, group=group))
+    foreach_group_saliency(entries)
+    for entry, result in zip(entries, alone, strict=True):
+        _assert_same(way, entry.out, result)
+
+
+def _gather(rows: int, columns: int, group: int, axis: int, dtype: torch.dtype, device: str, way: Way) -> None:
+    weight = torch.randn(rows, columns, device=device).to(dtype)
+    units = (rows, columns)[axis] // group
+    kept = torch.randperm(units, generator=torch.Generator().manual_seed(0))[: (units + 1) // 2].sort()[0].to(device)
+    index = (kept[:, None] * group + torch.arange(group, device=device)).flatten()
+    harness.assert_equal(way, gather_slice(weight, kept, axis=axis, unit=group), weight.index_select(axis, index))
+
+
+def _kl(tokens: int, vocabulary: int, dtype: torch.dtype, device: str, way: Way) -> None:
+    p, q = kl.draw(tokens, vocabulary, dtype, device, 0)
+    first, second = kl_divergence(p, q), kl_divergence(p, q)
+    error = float((first.double() - kl.exact(p, q)).abs().max())
+    if not error <= 1e-5:  # nats; of one or two words KL may be 0, so no relative error
+        raise WrongResultError(f"{way.name} is wrong by {error:.2g} nats against float64")
+    _assert_same(way, first, second)
+
+
+def _assert_same(way: Way, first: Tensor, second: Tensor) -> None:
+    if not torch.equal(first, second):
+        raise WrongResultError(f"{way.name} gives other bits the second time")
+
+
+def main() -> None:
+    args = harness.parser(__doc__).parse_args()
+    result = run(harness.settings(args))
+    harness.finish(result, args.json)
+    if result["failures"]:
+        raise SystemExit("\n".join(result["failures"]))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,173 @@
+"""A whole scoring pass of a randomly initialised model: where the time goes, and the peak of memory.
+
+    python -m nirvana.benchmarks.scoring [--model Llama-3.1-8B]
+
+The reference does what the method's published code does: one backward pass that leaves the gradients of all parameters,
+then clone, multiply, absolute value and norm of each weight, then boolean masks. Both ways get the same model. Their
+stages differ: ours runs the vocabulary head in the objective, and the layers' forward passes again in the backward
+pass, which is what saves the memory.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import statistics
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+import nirvana
+from nirvana import ops
+from nirvana.architectures import Architecture
+from nirvana.benchmarks import harness
+from nirvana.benchmarks.harness import Settings, WrongResultError
+from nirvana.benchmarks.models import random_model
+from nirvana.benchmarks.peak import Peak
+from nirvana.benchmarks.saliency import published
+from nirvana.benchmarks.shapes import QUICK
+from nirvana.benchmarks.stopwatch import Stopwatch
+from nirvana.patching import forward_replaced
+from nirvana.saliency import objectives
+
+EXAMPLES, SEQ_LEN = 16, 128
+#: Of the prunable parameters; what both ways cut away at the end.
+SPARSITY = 0.5
+ROUNDS = 3
+
+Scores = dict[str, Tensor]
+
+
+def ours(model: PreTrainedModel, tokens: Tensor, watch: Stopwatch) -> Scores:
+    """`nirvana.score`, with stopwatches at the seams."""
+    reduce = mock.patch.object(ops.saliency, "_launch", watch.around("scoring", ops.saliency._launch))
+    objective = {"max-logit": watch.around("objective", objectives.max_logit)}
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(reduce)
+        stack.enter_context(mock.patch.dict(objectives.OBJECTIVES, objective))
+        stack.enter_context(forward_replaced(model, lambda forward: watch.around("forward", forward)))
+        with watch("pass"):
+            return dict(nirvana.score(model, tokens))
+
+
+def reference(model: PreTrainedModel, tokens: Tensor, watch: Stopwatch) -> Scores:
+    scores: Scores = {}
+    with watch("pass"):
+        with watch("forward"):
+            logits = model(input_ids=tokens, use_cache=False).logits
+        with watch("objective"):
+            value = logits.max(dim=1)[0].mean()
+        value.backward()
+        with watch("scoring"), torch.no_grad():
+            for block in nirvana.describe(model).blocks:
+                for part in block.slices:
+                    weight = model.get_parameter(part.tensor)
+                    mine = published(weight.data, weight.grad, part.axis, part.unit)
+                    scores[block.name] = scores[block.name] + mine if block.name in scores else mine
+    model.zero_grad(set_to_none=True)
+    return scores
+
+
+def cut_ours(model: PreTrainedModel, architecture: Architecture, kept: dict[str, Tensor]) -> None:
+    """Cut every prunable weight, each result dropped at once: memory for a second model is not the matter here."""
+    for block in architecture.blocks:
+        for part in block.slices:
+            weight = model.get_parameter(part.tensor).detach()
+            ops.gather_slice(weight, kept[block.name], axis=part.axis, unit=part.unit)
+
+
+def cut_reference(model: PreTrainedModel, architecture: Architecture, kept: dict[str, Tensor]) -> None:
+    for block in architecture.blocks:
+        for part in block.slices:
+            weight = model.get_parameter(part.tensor).detach()
+            mask = torch.zeros(block.size, dtype=torch.bool, device=weight.device)
+            mask[kept[block.name]] = True
+            mask = mask.repeat_interleave(part.unit)
+            weight[mask] if part.axis == 0 else weight[:, mask]
+
+
+WAYS = {"reference": (reference, cut_reference), "nirvana": (ours, cut_ours)}
+
+
+def run(settings: Settings, name: str = "Llama-3.1-8B", examples: int = EXAMPLES) -> dict[str, Any]:
+    device = settings.device
+    dtype = torch.bfloat16
+    seq_len = SEQ_LEN
+    if settings.quick:
+        name, examples, seq_len, dtype = QUICK, 2, 16, torch.float32
+    model = random_model(name, dtype, device)
+    architecture = nirvana.describe(model)
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(model.config.vocab_size, (examples, seq_len), generator=generator).to(device)
+    weights = sum(parameter.nbytes for parameter in model.parameters())
+    samples: dict[str, list[dict[str, float]]] = {way: [] for way in WAYS}
+    scores: dict[str, Scores] = {}
+    # In turns, the first one not counted: it compiles kernels and fills the allocator.
+    for turn in range(2 if settings.quick else 1 + ROUNDS):
+        for way, (score, cut) in WAYS.items():
+            if torch.device(device).type == "cuda":
+                torch.cuda.empty_cache()
+            watch = Stopwatch(device)
+            with Peak(device) as peak:
+                scores[way] = score(model, tokens, watch)
+            if turn == 0 and way == "nirvana":
+                agreement = _agreement(scores)
+            plan = nirvana.allocate(_portable(scores[way]), architecture, sparsity=SPARSITY)
+            kept = {block: torch.tensor(units, device=device) for block, units in plan.kept.items()}
+            with watch("slicing"):
+                cut(model, architecture, kept)
+            seconds = watch.seconds()
+            stages = ("forward", "objective", "scoring")
+            seconds["backward"] = seconds["pass"] - sum(seconds[stage] for stage in stages)
+            if turn:
+                samples[way].append({**seconds, "peak": peak.bytes or 0})
+    medians = {way: {k: statistics.median(s[k] for s in mine) for k in mine[0]} for way, mine in samples.items()}
+    before = medians["reference"]
+    records = []
+    for way, mine in medians.items():
+        record: dict[str, Any] = {"way": way}
+        for stage in ("forward", "objective", "backward", "scoring", "slicing", "pass"):
+            record[f"{stage}_ms"] = mine[stage] * 1e3
+        record["peak_beyond_weights_bytes"] = mine["peak"]
+        for stage in ("scoring", "slicing", "pass"):
+            record[f"{stage}_times_faster"] = before[stage] / mine[stage]
+        records.append(record)
+    title = f"{name} {str(dtype)[6:]}, {examples} x {seq_len} tokens"
+    result = harness.document("scoring", settings, [], **{title: records})
+    return result | {"weights_bytes": weights, "same_lowest_fifth": agreement}
+
+
+def _portable(scores: Scores) -> Scores:
+    return {block: values.float().cpu() for block, values in scores.items()}
+
+
+def _agreement(scores: dict[str, Scores]) -> float:
+    """Mean part of the lowest fifth of a block's units that both ways agree on.
+
+    Raises:
+        WrongResultError: scores are not finite.
+    """
+    shares = []
+    others = _portable(scores["nirvana"])
+    for block, theirs in _portable(scores["reference"]).items():
+        mine = others[block]
+        if not (torch.isfinite(mine).all() and torch.isfinite(theirs).all()):
+            raise WrongResultError(f"the scores of {block} are not finite")
+        count = max(1, len(mine) // 5)
+        lowest = [set(values.argsort(stable=True)[:count].tolist()) for values in (mine, theirs)]
+        shares.append(len(lowest[0] & lowest[1]) / count)
+    return statistics.mean(shares)
+
+
+def main() -> None:
+    parser = harness.parser(__doc__)
+    parser.add_argument("--model", default="Llama-3.1-8B")
+    parser.add_argument("--examples", type=int, default=EXAMPLES)
+    args = parser.parse_args()
+    harness.finish(run(harness.settings(args), args.model, args.examples), args.json)
+
+
+if __name__ == "__main__":
+    main()
