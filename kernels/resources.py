@@ -1,0 +1,233 @@
+"""What the kernels need of a GPU, without one: registers, stack, shared memory and wide loads of compiled code.
+
+``python -m nirvana.kernels.resources`` compiles every case below for four architectures and writes the table
+RESOURCES.md beside this file. The launchers themselves ask for the compilations, so what stands in the table is what
+runs.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import re
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+from unittest import mock
+
+import torch
+import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.driver import CudaDriver
+from triton.runtime.jit import JITFunction
+
+from nirvana.kernels import divergence, gather, saliency
+from nirvana.ops.backends import Matrices
+from nirvana.ops.saliency import STATISTICS
+
+ARCHITECTURES = (80, 90, 100, 120)
+TABLE = Path(__file__).with_name("RESOURCES.md")
+ALL = sum(STATISTICS.values())
+_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16"}
+
+
+class Resources(NamedTuple):
+    """One compiled specialisation. Counts are of machine instructions."""
+
+    registers: int  # a thread
+    stack: int  # bytes a thread: not 0 means spilled registers
+    spills: int  # loads and stores of local memory
+    shared: int  # bytes a program
+    wide_loads: int  # of 128 bits
+    wide_stores: int
+
+
+Case = tuple[str, str, Callable[[], None]]
+
+
+def _zeros(rows: int, columns: int, dtype: torch.dtype) -> Tensor:
+    return torch.zeros(rows, columns, dtype=dtype)
+
+
+def _saliency(weight: torch.dtype, grad: torch.dtype, mask: int, columns: int = 256) -> Case:
+    names = " + ".join(name for name, bit in STATISTICS.items() if mask & bit) if mask != ALL else "all six"
+    aligned = "" if columns % 16 == 0 else ", rows not aligned"
+
+    def launch() -> None:
+        out = torch.zeros(mask.bit_count(), 64)
+        saliency.saliency([Matrices(_zeros(64, columns, weight), _zeros(64, columns, grad), 0, 1, out)], mask)
+
+    return "saliency tiles", f"{_NAMES[weight]} weight, {_NAMES[grad]} grad, {names}{aligned}", launch
+
+
+def _gather(bits: int, axis: int, unit: int, columns: int, text: str) -> Case:
+    dtype = {16: torch.int16, 32: torch.int32}[bits]
+
+    def launch() -> None:
+        kept = torch.arange(16)
+        out = _zeros(16, columns, dtype) if axis == 0 else _zeros(64, 16 * unit, dtype)
+        gather.gather([_zeros(64, columns, dtype)], kept, axis, unit, [out])
+
+    return "gather", text, launch
+
+
+def _divergence(dtype: torch.dtype, vocabulary: int, state: bool) -> Case:
+    aligned = "" if vocabulary % 16 == 0 else ", rows not aligned"
+
+    def launch() -> None:
+        p, q = _zeros(4, vocabulary, dtype), _zeros(4, vocabulary, dtype)
+        if state:
+            divergence.divergence_state(p, q, torch.zeros(5, 4, dtype=torch.float64))
+        else:
+            divergence.divergence(p, q, torch.zeros(4))
+
+    return "divergence", f"{_NAMES[dtype]}, {'state' if state else 'result'}{aligned}", launch
+
+
+_FP32, _BF16 = torch.float32, torch.bfloat16
+#: Kernel, specialisation, call. The types and masks that scoring uses, and of the rest those with most registers.
+CASES: list[Case] = [
+    _saliency(_BF16, _BF16, STATISTICS["taylor"]),
+    _saliency(_FP32, _FP32, STATISTICS["taylor"]),
+    _saliency(_BF16, _FP32, STATISTICS["taylor"]),
+    _saliency(_BF16, _BF16, STATISTICS["taylor"], columns=255),
+    _saliency(_FP32, _FP32, STATISTICS["taylor"] | STATISTICS["fisher"]),
+    _saliency(_FP32, _FP32, STATISTICS["ntk"]),
+    _saliency(_FP32, _FP32, STATISTICS["magnitude"]),
+    _saliency(_BF16, _BF16, ALL),
+    _saliency(_FP32, _FP32, ALL),
+    _saliency(_BF16, _BF16, ALL, columns=255),
+    ("saliency totals", "", _saliency(_FP32, _FP32, STATISTICS["taylor"])[2]),
+    _gather(16, 0, 1, 256, "rows, 8 bytes, aligned"),
+    _gather(16, 0, 1, 255, "rows, 2 bytes"),
+    _gather(16, 1, 1, 256, "columns, 2 bytes, aligned"),
+    _gather(32, 1, 1, 256, "columns, 4 bytes, aligned"),
+    _gather(16, 1, 4, 256, "columns, 8 bytes, aligned"),
+    _divergence(_BF16, 512, state=False),
+    _divergence(_FP32, 512, state=False),
+    _divergence(_FP32, 512, state=True),
+    _divergence(_BF16, 511, state=False),
+]
+
+
+def measure(architectures: tuple[int, ...] = ARCHITECTURES, processes: int | None = None) -> dict[int, list[Resources]]:
+    """Resources of each of `CASES`, in order, for each architecture (80 for sm_80)."""
+    workers = processes or min(len(architectures), os.cpu_count() or 1)
+    # Processes of their own, because the stub driver would stay for the whole process.
+    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
+        return dict(zip(architectures, pool.map(_measure, architectures), strict=True))
+
+
+def render(measured: dict[int, list[Resources]]) -> str:
+    """The text of RESOURCES.md."""
+    lines = [
+        f"Resources of the compiled kernels, Triton {triton.__version__}; written by "
+        "`python -m nirvana.kernels.resources`.",
+        "",
+        "No GPU took part: these are properties of the machine code. No case uses stack or local memory, which would "
+        "mean spilled registers. Wide instructions are those of 128 bits, counted in the code.",
+        "",
+        "| kernel | case | wide loads | wide stores | "
+        + " | ".join(f"sm_{architecture}: registers, shared KiB" for architecture in measured)
+        + " |",
+        "| --- | --- | --- | --- |" + " --- |" * len(measured),
+    ]
+    for index, (kernel, text, _) in enumerate(CASES):
+        row = [of_architecture[index] for of_architecture in measured.values()]
+        cells = [
+            kernel,
+            text,
+            _distinct(one.wide_loads for one in row),
+            _distinct(one.wide_stores for one in row),
+            *(f"{one.registers}, {one.shared / 1024:.3g}" for one in row),
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def _distinct(values: Iterator[int]) -> str:
+    return " / ".join(str(value) for value in dict.fromkeys(values))
+
+
+def _measure(architecture: int) -> list[Resources]:
+    results = []
+    for kernel, _, launch in CASES:
+        with _compile_only(architecture) as compiled:
+            launch()
+        # A call of `saliency` launches both of its kernels.
+        results.append(_inspect(compiled[-1] if kernel == "saliency totals" else compiled[0]))
+    return results
+
+
+@contextmanager
+def _compile_only(architecture: int) -> Iterator[list[Any]]:
+    """Inside, launches on CPU tensors compile for `architecture` and do not run; yields what was compiled."""
+
+    class NoGpu(CudaDriver):
+        def __init__(self) -> None:
+            pass
+
+        def get_current_target(self) -> GPUTarget:
+            return GPUTarget("cuda", architecture, 32)
+
+        def get_current_device(self) -> int:
+            # Kernels keep what was compiled for a device.
+            return architecture
+
+        def get_current_stream(self, device: int) -> int:
+            return 0
+
+    compiled: list[Any] = []
+    run = JITFunction.run
+
+    def compile_only(self: JITFunction, *arguments: Any, grid: Any, warmup: bool, **options: Any) -> Any:
+        compiled.append(run(self, *arguments, grid=grid, warmup=True, **options))
+        return compiled[-1]
+
+    triton.runtime.driver.set_active(NoGpu())
+    with mock.patch.object(JITFunction, "run", compile_only):
+        yield compiled
+
+
+def _inspect(kernel: Any) -> Resources:
+    with tempfile.TemporaryDirectory() as folder:
+        cubin = Path(folder) / "kernel.cubin"
+        cubin.write_bytes(kernel.asm["cubin"])
+        tool = triton.knobs.nvidia.cuobjdump.path
+        command = [tool, "--dump-resource-usage", "-sass", cubin]
+        text = subprocess.check_output(command, text=True, stderr=subprocess.DEVNULL)
+    registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", text).groups()
+    return Resources(
+        registers=int(registers),
+        stack=int(stack),
+        spills=len(re.findall(r"\b(?:LDL|STL)\b", text)),
+        shared=kernel.metadata.shared,
+        wide_loads=len(re.findall(r"\b(?:LDG|LDGSTS)\.[A-Z.]*128\b", text)),
+        wide_stores=len(re.findall(r"\bSTG\.[A-Z.]*128\b", text)),
+    )
+
+
+def spilled(measured: dict[int, list[Resources]]) -> list[str]:
+    """One line for each case that spills registers. It must be empty: local memory would cost more than it saves."""
+    return [
+        f"sm_{architecture}, {kernel}, {text}: {one.stack} bytes of stack, {one.spills} loads and stores"
+        for architecture, results in measured.items()
+        for (kernel, text, _), one in zip(CASES, results, strict=True)
+        if one.stack or one.spills
+    ]
+
+
+def main() -> None:
+    measured = measure()
+    if spilled(measured):
+        raise SystemExit("\n".join(["registers are spilled:", *spilled(measured)]))
+    TABLE.write_text(render(measured))
+
+
+if __name__ == "__main__":
+    main()
