@@ -119,7 +119,18 @@ def test_the_wheel_runs_in_a_clean_environment(wheel, python, tmp_path):
 
 
 def test_without_a_compiler_the_install_goes_on_and_says_so(checkout, python, tmp_path):
-    build = [python, "-m", "pip", "wheel", "-v", "--no-deps", "--no-build-isolation", "--wheel-dir", tmp_path, "."]
+    build = [
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "-v",
+        "--no-deps",
+        "--no-build-isolation",
+        "--wheel-dir",
+        tmp_path,
+        ".",
+    ]
     process = run(*build, cwd=checkout, CXX="no-such-compiler")
     said = process.stdout + process.stderr
     assert "nirvana._cpu was not built, the install goes on without it: no C++ compiler (no-such-compiler)" in said
@@ -133,9 +144,9 @@ def test_without_a_compiler_the_install_goes_on_and_says_so(checkout, python, tm
     run(python, "-c", script, cwd=tmp_path)
 
 
-def test_cuda_that_is_a_must_is_refused_without_nvcc(checkout, python):
-    command = [str(python), "setup.py", "--quiet", "build_ext"]
-    environment = {**os.environ, "NIRVANA_CUDA": "1", "PATH": str(python.parent)}
+def test_cuda_that_is_a_must_is_refused_without_nvcc(checkout, tmp_path):
+    command = [sys.executable, "setup.py", "--quiet", "build_ext"]
+    environment = {**os.environ, "NIRVANA_CUDA": "1", "PATH": str(tmp_path)}
     process = subprocess.run(command, cwd=checkout, capture_output=True, text=True, env=environment, check=False)
     assert process.returncode != 0
     assert process.stderr.strip() == "nirvana: NIRVANA_CUDA=1, but no nvcc with libcudart_static.a is on PATH"
