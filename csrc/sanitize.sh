@@ -10,7 +10,7 @@ shift 2
 folder=build/sanitize-$kind
 mkdir -p "$folder"
 rm -rf "$folder/nirvana"
-cp -r nirvana "$folder/nirvana"
+cp -rL nirvana "$folder/nirvana"
 rm -f "$folder"/nirvana/_c*.so
 NIRVANA_SANITIZE=$kind NIRVANA_CUDA=0 "$python" setup.py --quiet build_ext --build-lib "$folder" --build-temp "$folder/objects"
 runtime=libtsan.so

@@ -39,7 +39,7 @@ class SaliencyConfig:
         """Configuration for a number of statistics.
 
         Each statistic has a block of accumulators in registers: 16 a thread for 16 rows and 8 warps. Up to two leave
-        room for three programs on a multiprocessor (sm_90, bf16: 74 registers), 48 KiB of loads in flight. Six do not:
+        room for three programs on a multiprocessor (sm_90, bf16: 76 registers), 48 KiB of loads in flight. Six do not:
         their block is half as high, and three blocks are loaded ahead through shared memory.
 
         A sum over rows leaves `block_columns` partial sums a program and statistic, which are written and read once:
@@ -94,7 +94,7 @@ class DivergenceConfig:
 
     A lane's words are one 128-bit load in bf16. Each lane has its own maximum, so the loop has no exchange between
     threads, and needs two exponentials a word and two more a step. With one lane a thread the state takes so few
-    registers (sm_90: 40 to 47) that five or six programs share a multiprocessor.
+    registers (sm_90: 40 to 54) that four to six programs share a multiprocessor.
     """
 
     lanes: int = 256

@@ -83,7 +83,7 @@ def poison(monkeypatch: pytest.MonkeyPatch) -> None:
 def _poisoned(allocate: Callable[..., Tensor]) -> Callable[..., Tensor]:
     def wrapper(*args: object, **kwargs: object) -> Tensor:
         tensor = allocate(*args, **kwargs)
-        if sys._getframe(1).f_globals.get("__name__", "").startswith("nirvana.ops"):
+        if sys._getframe(1).f_globals.get("__name__", "").startswith(("nirvana.ops", "nirvana.kernels")):
             tensor.untyped_storage().fill_(0xFF)
         return tensor
 
