@@ -1,9 +1,9 @@
 """Maps the folders to packages and builds the native modules. Everything else stands in pyproject.toml.
 
 The folders kernels/ and benchmarks/ have no __init__.py and are installed as nirvana.kernels and nirvana.benchmarks: a
-top-level module `kernels` belongs to another distribution, which transformers imports.
-The links nirvana/kernels and nirvana/benchmarks make them importable from a checkout and from an editable install, whose
-finder does not look into packages for folders without __init__.py.
+top-level module `kernels` belongs to another distribution, which transformers imports. The links nirvana/kernels and
+nirvana/benchmarks make them importable from a checkout and from an editable install, whose finder does not look into
+packages for folders without __init__.py.
 
 Native modules (csrc/) are plain pybind11 without torch headers, built by ninja. NIRVANA_CUDA=auto|0|1 says whether
 nirvana._cuda is built (auto: where nvcc is found), NIRVANA_CUDA_ARCHS for which GPUs ("80 90"), NIRVANA_SANITIZE with
