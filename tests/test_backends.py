@@ -390,6 +390,10 @@ def test_slices_of_backends_are_equal(dtype):
     assert all(equal_bits(results[0], other) for other in results[1:])
 
 
+#: Every third column and every fifth: runs of one, in words of sixteen columns that are kept in part.
+ODD = [column for column in range(519) if not column % 3 or not column % 5]
+
+
 @WITH_KERNELS
 @pytest.mark.parametrize("dtype", DTYPES, ids=short)
 def test_every_instruction_set_gives_the_same_bits(dtype):
@@ -410,7 +414,9 @@ def test_every_instruction_set_gives_the_same_bits(dtype):
                 ]
                 taylor = [group_saliency(weight, grad, axis=axis, group=1) for axis in (0, 1)]
                 state = torch.ops.nirvana.kl_divergence_state(weight, grad)
-                results[level] = [*sums, *taylor, kl_divergence(weight, grad), state]
+                bits = weight.view(torch.int32 if dtype == torch.float32 else torch.int16)
+                gathered = [gather_slice(bits, kept, axis=1).float() for kept in (ODD, ODD[::-1])]
+                results[level] = [*sums, *taylor, *gathered, kl_divergence(weight, grad), state]
     finally:
         cpu.force_level(best)
     assert "baseline" in results

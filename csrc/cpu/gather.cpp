@@ -7,7 +7,9 @@
 
 #include <algorithm>
 #include <cstring>
+#include <functional>
 
+#include "levels.h"
 #include "parallel.h"
 
 namespace nirvana {
@@ -43,6 +45,16 @@ void ask_for_large_pages(char* data, int64_t bytes) {
 #else
   (void)data, (void)bytes;
 #endif
+}
+
+// Sixteen columns a word, bit c % 16 of word c / 16: for rising `kept`; empty for any other order.
+std::vector<uint16_t> bits_of(const int64_t* kept, int64_t count, int64_t unit, int64_t columns) {
+  if (std::adjacent_find(kept, kept + count, std::greater_equal<int64_t>()) != kept + count) return {};
+  std::vector<uint16_t> bits((columns + 15) / 16);
+  for (int64_t i = 0; i < count; ++i) {
+    for (int64_t column = kept[i] * unit; column < (kept[i] + 1) * unit; ++column) bits[column / 16] |= 1 << column % 16;
+  }
+  return bits;
 }
 
 template <typename Element>
@@ -94,7 +106,11 @@ void gather_columns(const std::vector<Gather>& table, const std::vector<Run>& ru
   const int64_t longest = *std::max_element(kept, kept + count) * unit + unit;
   const bool blocks = width >= static_cast<int64_t>(runs.size()) * 32 || longest > INT32_MAX;
   std::vector<int32_t> columns;
+  std::vector<uint16_t> bits;
   if (!blocks) {
+    int64_t widest = 0;
+    for (const Gather& g : table) widest = std::max(widest, g.row_bytes / g.element_size);
+    bits = bits_of(kept, count, unit, widest);
     columns.reserve(width);
     for (int64_t i = 0; i < count; ++i) {
       for (int64_t j = 0; j < unit; ++j) columns.push_back(static_cast<int32_t>(kept[i] * unit + j));
@@ -114,6 +130,9 @@ void gather_columns(const std::vector<Gather>& table, const std::vector<Run>& ru
     for (int64_t row = first; row < std::min(g.rows, first + kRows); ++row) {
       const char* from = g.data + row * g.row_stride;
       char* to = g.out + row * width * size;
+      if (!bits.empty() && kernels().compress(from, bits.data(), g.row_bytes / size, static_cast<int>(size), to, width)) {
+        continue;
+      }
       if (!blocks && size <= 8) {
         switch (size) {
           case 1:

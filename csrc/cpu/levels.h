@@ -27,6 +27,10 @@ struct Kernels {
   // fp64.
   void (*divergence)(const Matrix& p, const Matrix& q, int64_t row, int64_t vocabulary, double* state);
 
+  // Copies the elements of a row whose bit in `kept` is set (bit c % 16 of word c / 16), in order; there are `width` of them.
+  // False, and nothing done, where this level has no instruction for elements of that size.
+  bool (*compress)(const char* from, const uint16_t* kept, int64_t columns, int element_size, char* to, int64_t width);
+
   // Reads two buffers once.
   uint64_t (*checksum)(const char* first, const char* second, int64_t bytes);
 };

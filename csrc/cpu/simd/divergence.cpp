@@ -34,7 +34,7 @@ NIRVANA_INLINE Floats exponential(Floats x) {
   tail = tail * r + 1.0f / 6;
   tail = tail * r + 0.5f;
   const Floats value = (tail * r * r + r) + 1.0f;
-  const Floats scale = bits_of<Floats>((bits_of<Ints>(shifted) + (127 - 0x4b400000)) << 23);
+  const Floats scale = bits_of<FloatRegister>((bits_of<IntRegister>(shifted) + (127 - 0x4b400000)) << 23);
   return select(x < -87.0f, all(0.0f), value * scale);
 }
 
@@ -74,7 +74,7 @@ NIRVANA_INLINE void add_block(const char* p, const char* q, int64_t n, State* st
   if (rest) {
     // Words beyond the end are excluded by both.
     constexpr int32_t kNumbers[kLanes] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-    const Ints lanes = read<Ints>(kNumbers);
+    const Ints lanes = read_lanes<IntRegister>(kNumbers);
     last_p = select(lanes < rest, load_first<P>(p + whole * P::kSize, rest), lowest);
     last_q = select(lanes < rest, load_first<Q>(q + whole * Q::kSize, rest), lowest);
     greatest_p = greater(last_p, greatest_p);
@@ -95,15 +95,17 @@ NIRVANA_INLINE void add_block(const char* p, const char* q, int64_t n, State* st
   // Nothing but -inf so far: -inf - 0 is -inf, where -inf - -inf would be NaN.
   const float shift_p = state->max_p == -kInfinity ? 0.0f : static_cast<float>(state->max_p);
   const float shift_q = state->max_q == -kInfinity ? 0.0f : static_cast<float>(state->max_q);
+  // Chain after chain and not side by side: the sums of one stay in registers at every level.
   Block chains[kChains] = {};
-  int64_t i = 0;
-  for (; i + kChains * kLanes <= whole; i += kChains * kLanes) {
-    for (int chain = 0; chain < kChains; ++chain) {
-      const int64_t at = i + chain * kLanes;
-      add(P::load(p + at * P::kSize), Q::load(q + at * Q::kSize), shift_p, shift_q, &chains[chain]);
+  const int64_t even = whole / (kChains * kLanes) * (kChains * kLanes);
+  for (int chain = 0; chain < kChains; ++chain) {
+    Block sums = {};
+    for (int64_t i = chain * kLanes; i < even; i += kChains * kLanes) {
+      add(P::load(p + i * P::kSize), Q::load(q + i * Q::kSize), shift_p, shift_q, &sums);
     }
+    chains[chain] = sums;
   }
-  for (; i < whole; i += kLanes) {
+  for (int64_t i = even; i < whole; i += kLanes) {
     add(P::load(p + i * P::kSize), Q::load(q + i * Q::kSize), shift_p, shift_q, &chains[0]);
   }
   if (rest) add(last_p, last_q, shift_p, shift_q, &chains[1]);
