@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Builds nirvana._cpu with sanitizers in a folder of its own and runs the operator tests on it.
-#   csrc/sanitize.sh PYTHON address,undefined|thread [pytest options]
+#   csrc/sanitize.sh PYTHON address,undefined|thread [tests and options of pytest]
 # The sanitizer's runtime must be loaded before Python; libstdc++ with it, so that it sees C++ exceptions. Leaks are not
 # looked for: Python itself never frees what it keeps to its end.
 set -euo pipefail
@@ -19,6 +19,9 @@ cxx=${CXX:-g++}
 export LD_PRELOAD="$($cxx -print-file-name=$runtime) $($cxx -print-file-name=libstdc++.so)"
 export ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 TSAN_OPTIONS="report_bugs=1 halt_on_error=1"
 root=$PWD
+if [ $# = 0 ]; then
+  set -- "$root"/tests/test_ops_saliency.py "$root"/tests/test_ops_gather.py "$root"/tests/test_ops_divergence.py
+fi
 cd "$folder"
 # From here, `import nirvana` finds the copy.
 "$python" -c 'import nirvana._cpu as m, os; assert m.__file__.startswith(os.getcwd()), m.__file__; print("testing", m.__file__)'
