@@ -30,8 +30,8 @@ from nirvana.calibration.corpora import BUILT_IN
 
 VOCABULARY = 400
 
-#: tests/test_triton.py runs these in a process of their own. Their conftest would take the place of this one, which tests
-#: import from.
+#: tests/test_triton.py runs these in a process of their own. Their conftest would take the place of this one, from
+#: which tests import.
 collect_ignore = ["interpreted"]
 
 
