@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import resource
 import statistics
 import subprocess
 import sys
@@ -31,6 +30,7 @@ import nirvana
 from nirvana.benchmarks import harness
 from nirvana.benchmarks.harness import Settings
 from nirvana.benchmarks.models import random_model
+from nirvana.benchmarks.peak import high_water
 from nirvana.benchmarks.shapes import QUICK
 from nirvana.calibration import load_batch
 from nirvana.models import resolve
@@ -92,9 +92,7 @@ def once(way: str, model_name: str, examples: int, seq_len: int) -> dict[str, fl
     with tempfile.TemporaryDirectory() as folder, harness.forced(backend):
         result = function(model, tokens, f"{folder}/out")
     result["total"] = sum(result.values())
-    result["peak_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
-        1 if sys.platform == "darwin" else 1024
-    )
+    result["peak_bytes"] = high_water()
     return result
 
 

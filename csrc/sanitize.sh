@@ -20,7 +20,8 @@ export LD_PRELOAD="$($cxx -print-file-name=$runtime) $($cxx -print-file-name=lib
 export ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 TSAN_OPTIONS="report_bugs=1 halt_on_error=1"
 root=$PWD
 if [ $# = 0 ]; then
-  set -- "$root"/tests/test_ops_saliency.py "$root"/tests/test_ops_gather.py "$root"/tests/test_ops_divergence.py
+  # A sanitizer's own allocator takes memory, which some tests count.
+  set -- -k "not takes_memory" "$root"/tests/test_ops_saliency.py "$root"/tests/test_ops_gather.py "$root"/tests/test_ops_divergence.py
 fi
 cd "$folder"
 # From here, `import nirvana` finds the copy.
