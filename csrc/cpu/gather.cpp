@@ -61,6 +61,10 @@ std::vector<uint16_t> bits_of(const int64_t* kept, int64_t count, int64_t unit, 
   return bits;
 }
 
+// Bytes written by one work item. Two threads that write to the same fresh 2 MB page at once both fill one with zeros, and
+// one of them in vain: items of large results are larger than a page.
+int64_t item_bytes(int64_t written) { return written >= int64_t{32} << 20 ? 4 << 20 : 1 << 18; }
+
 template <typename Element>
 void gather_elements(const char* from, const int32_t* columns, int64_t count, char* to) {
   for (int64_t i = 0; i < count; ++i) {
@@ -92,9 +96,8 @@ void stream(char* to, const char* from, int64_t bytes) {
 
 void gather_rows(const std::vector<Gather>& table, const std::vector<Run>& runs, int64_t count, int64_t unit,
                  int threads) {
-  // Pieces of at most about 1 MB, so that one long run is shared by the threads too; short ones are dealt out together,
-  // or neighbouring rows would be read by different cores, whose prefetchers then guess wrongly.
-  constexpr int64_t kItem = 1 << 20;
+  // Pieces so small that one long run is shared by the threads too; short ones are dealt out together, or neighbouring
+  // rows would be read by different cores, whose prefetchers then guess wrongly.
   struct Piece {
     const char* from;
     int64_t stride;
@@ -104,25 +107,26 @@ void gather_rows(const std::vector<Gather>& table, const std::vector<Run>& runs,
   };
   std::vector<Piece> pieces;
   std::vector<size_t> items{0};  // where each begins among the pieces
-  int64_t bytes = 0, filled = 0;
+  int64_t written = 0, filled = 0;
+  for (const Gather& g : table) written += count * unit * g.row_bytes;
+  const int64_t item_size = item_bytes(written);
   for (const Gather& g : table) {
-    const int64_t step = std::max<int64_t>(1, kItem / g.row_bytes);
+    const int64_t step = std::max<int64_t>(1, item_size / g.row_bytes);
     for (const Run& run : runs) {
       for (int64_t row = 0; row < run.length * unit; row += step) {
         pieces.push_back({g.data + (run.source * unit + row) * g.row_stride, g.row_stride,
                           g.out + (run.target * unit + row) * g.row_bytes, std::min(step, run.length * unit - row),
                           g.row_bytes});
         filled += pieces.back().rows * g.row_bytes;
-        if (filled >= kItem) {
+        if (filled >= item_size) {
           items.push_back(pieces.size());
           filled = 0;
         }
       }
     }
-    bytes += 2 * count * unit * g.row_bytes;
   }
   if (items.back() != pieces.size()) items.push_back(pieces.size());
-  const bool far = bytes / 2 > kBeyondCaches;
+  const bool far = written > kBeyondCaches;
   const auto copy = [far](char* to, const char* from, int64_t size) {
     if (far) {
       stream(to, from, size);
@@ -130,7 +134,7 @@ void gather_rows(const std::vector<Gather>& table, const std::vector<Run>& runs,
       std::memcpy(to, from, size);
     }
   };
-  parallel_for(static_cast<int64_t>(items.size()) - 1, bytes, threads, [&](int64_t item) {
+  parallel_for(static_cast<int64_t>(items.size()) - 1, 2 * written, threads, [&](int64_t item) {
     for (size_t index = items[item]; index < items[item + 1]; ++index) {
       const Piece& piece = pieces[index];
       if (piece.stride == piece.row_bytes) {
@@ -164,18 +168,21 @@ void gather_columns(const std::vector<Gather>& table, const std::vector<Run>& ru
       for (int64_t j = 0; j < unit; ++j) columns.push_back(static_cast<int32_t>(kept[i] * unit + j));
     }
   }
-  constexpr int64_t kRows = 16;
-  std::vector<int64_t> items{0};
-  int64_t bytes = 0;
+  std::vector<int64_t> items{0}, steps;  // of each matrix: its first item, rows of an item
+  int64_t bytes = 0, written = 0;
   for (const Gather& g : table) {
-    items.push_back(items.back() + (g.rows + kRows - 1) / kRows);
     bytes += g.rows * (g.row_bytes + width * g.element_size);
+    written += g.rows * width * g.element_size;
+  }
+  for (const Gather& g : table) {
+    steps.push_back(std::max<int64_t>(1, item_bytes(written) / (width * g.element_size)));
+    items.push_back(items.back() + (g.rows + steps.back() - 1) / steps.back());
   }
   parallel_for(items.back(), bytes, threads, [&](int64_t item) {
     const int64_t index = std::upper_bound(items.begin(), items.end(), item) - items.begin() - 1;
     const Gather& g = table[index];
-    const int64_t size = g.element_size, first = (item - items[index]) * kRows;
-    for (int64_t row = first; row < std::min(g.rows, first + kRows); ++row) {
+    const int64_t size = g.element_size, first = (item - items[index]) * steps[index];
+    for (int64_t row = first; row < std::min(g.rows, first + steps[index]); ++row) {
       const char* from = g.data + row * g.row_stride;
       char* to = g.out + row * width * size;
       if (!bits.empty() && kernels().compress(from, bits.data(), g.row_bytes / size, static_cast<int>(size), to, width)) {
