@@ -17,7 +17,12 @@ runtime=libtsan.so
 if [ "${kind%%,*}" = address ]; then runtime=libasan.so; fi
 cxx=${CXX:-g++}
 export LD_PRELOAD="$($cxx -print-file-name=$runtime) $($cxx -print-file-name=libstdc++.so)"
-export ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 TSAN_OPTIONS="report_bugs=1 halt_on_error=1"
+# Reports go to files: pytest keeps what a test writes to stderr, and a process that is stopped never shows it.
+report=$PWD/$folder/report
+rm -f "$report".*
+trap 'cat "$report".* 2>/dev/null || true' EXIT
+export ASAN_OPTIONS="detect_leaks=0 log_path=$report" UBSAN_OPTIONS="print_stacktrace=1 log_path=$report"
+export TSAN_OPTIONS="halt_on_error=1 log_path=$report suppressions=$PWD/csrc/tsan.supp"
 root=$PWD
 if [ $# = 0 ]; then
   # A sanitizer's own allocator takes memory, which some tests count.

@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from operators import DTYPES, KERNELS, NEEDS_KERNELS, SERVED, draw, peak_growth, short
+from operators import DTYPES, INTERPRETED, KERNELS, NEEDS_KERNELS, SERVED, draw, peak_growth, short
 from torch import Tensor
 
 from nirvana.ops import STATISTICS, SaliencyEntry, foreach_group_saliency, group_saliency, use_backend
@@ -302,7 +302,9 @@ def test_group_saliency_does_not_overflow_half_precision(device):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=short)
 @pytest.mark.parametrize("axis", [0, 1])
-def test_group_saliency_reads_subnormal_and_extreme_numbers(device, dtype, axis):
+def test_group_saliency_reads_subnormal_and_extreme_numbers(device, backend, dtype, axis):
+    if INTERPRETED and backend == "triton" and dtype == torch.bfloat16:
+        pytest.skip("Triton's interpreter reads subnormal bf16 numbers as 0; compiled code does not")
     info = torch.finfo(dtype)
     values = [
         info.smallest_normal / 2,
