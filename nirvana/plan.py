@@ -171,6 +171,14 @@ def _read_block(entry: Any) -> BlockPlan:
 
 def config_fingerprint(config: PreTrainedConfig) -> str:
     """SHA-256 of what the configuration says about the model, without paths, versions and types."""
-    volatile = {"transformers_version", "_name_or_path", "dtype", "torch_dtype", "architectures", "quantization_config"}
+    volatile = {
+        "transformers_version",
+        "_name_or_path",
+        "dtype",
+        "torch_dtype",
+        "architectures",
+        "quantization_config",
+        "auto_map",
+    }
     facts = {key: value for key, value in config.to_dict().items() if key not in volatile}
     return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()

@@ -3,7 +3,7 @@
 from transformers import MistralConfig
 
 from nirvana.architectures.decoder import DecoderFamily
-from nirvana.checkpoint.pruned_decoder import PrunedMistralConfig
+from nirvana.checkpoint.modeling_pruned_decoder import PrunedMistralConfig
 
 
 class Mistral(DecoderFamily):

@@ -3,7 +3,7 @@
 from transformers import PreTrainedConfig, Qwen2Config
 
 from nirvana.architectures.decoder import DecoderFamily
-from nirvana.checkpoint.pruned_decoder import PrunedQwen2Config
+from nirvana.checkpoint.modeling_pruned_decoder import PrunedQwen2Config
 
 
 class Qwen2(DecoderFamily):

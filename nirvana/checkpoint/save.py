@@ -45,12 +45,24 @@ def save_checkpoint(
         config = copy.deepcopy(sliced.config)
         config.dtype = sliced.dtype
         config.save_pretrained(folder)
+        if not getattr(config, "scale_decoder_outputs", True) and "lm_head.weight" in tensors:
+            _tell_own_head(folder / "config.json")
         if generation_config is not None:
             generation_config.save_pretrained(folder)
         if tokenizer is not None:
             _save_tokenizer(tokenizer, folder)
         (folder / PLAN_FILE).write_text(plan.to_json())
     return Path(out).absolute()
+
+
+def _tell_own_head(file: Path) -> None:
+    """T5 v1.1 has a vocabulary head of its own and does not scale its outputs; `tie_word_embeddings: false` says both.
+
+    transformers 5 holds it as true in memory, ties or unties by the tensors that it finds, and would write that true;
+    transformers 4 and whoever else reads the file would drop the head.
+    """
+    config = json.loads(file.read_text()) | {"tie_word_embeddings": False}
+    file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
 def _save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
