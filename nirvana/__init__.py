@@ -14,6 +14,7 @@ from nirvana.architectures import describe
 from nirvana.checkpoint.convert import apply_checkpoint
 from nirvana.checkpoint.load import load
 from nirvana.checkpoint.registration import register_pruned_types
+from nirvana.compilation import compile_layers
 from nirvana.errors import NirvanaError
 from nirvana.masking import masked
 from nirvana.plan import PruningPlan
@@ -31,6 +32,7 @@ __all__ = [
     "allocate",
     "apply",
     "apply_checkpoint",
+    "compile_layers",
     "describe",
     "load",
     "masked",
