@@ -26,6 +26,9 @@ from nirvana.errors import NirvanaError
 
 FORMAT, VERSION = "nirvana-plan", 1
 
+#: The plan inside a checkpoint folder.
+PLAN_FILE = "nirvana_plan.json"
+
 
 @dataclass(frozen=True)
 class BlockPlan:
@@ -109,7 +112,7 @@ class PruningPlan:
         """
         path = Path(path)
         if path.is_dir():
-            path /= "nirvana_plan.json"
+            path /= PLAN_FILE
         try:
             data = json.loads(path.read_text(encoding="utf-8"))
         except FileNotFoundError:
@@ -179,6 +182,7 @@ def config_fingerprint(config: PreTrainedConfig) -> str:
         "architectures",
         "quantization_config",
         "auto_map",
+        "pruned_format",
     }
     facts = {key: value for key, value in config.to_dict().items() if key not in volatile}
     return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()

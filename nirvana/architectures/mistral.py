@@ -9,6 +9,7 @@ from nirvana.checkpoint.modeling_pruned_decoder import PrunedMistralConfig
 class Mistral(DecoderFamily):
     name = "mistral"
     model_class = "MistralForCausalLM"
+    stands_in_for = "llama"
     stock_config = MistralConfig
     pruned_class = PrunedMistralConfig
 

@@ -35,8 +35,8 @@ from transformers.models.mistral.modeling_mistral import MistralDecoderLayer
 from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer
 from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer
 
-#: Name of this module inside a checkpoint folder.
-FILE = "modeling_pruned_decoder"
+#: Name of this module inside a checkpoint folder, and version of the configurations that it reads.
+FILE, FORMAT = "modeling_pruned_decoder", 1
 
 
 @contextlib.contextmanager
@@ -89,7 +89,11 @@ class _PerLayerConfig:
     """Mixin before a stock configuration class."""
 
     def __post_init__(self, **kwargs):
+        written = kwargs.pop("pruned_format", FORMAT)
+        if written != FORMAT:
+            raise ValueError(f"pruned_format {written!r} is not supported, {FORMAT} is; upgrade nirvana")
         super().__post_init__(**kwargs)
+        self.pruned_format = FORMAT
         # Which class of this file, copied into every saved folder, serves which Auto class.
         family = type(self).__name__.removesuffix("Config")
         classes = {"AutoConfig": "Config", "AutoModel": "Model", "AutoModelForCausalLM": "ForCausalLM"}

@@ -22,8 +22,8 @@ from torch import nn
 from transformers import T5Config, T5ForConditionalGeneration, T5Model
 from transformers.models.t5.modeling_t5 import T5Attention, T5Block, T5LayerCrossAttention, T5Stack
 
-#: Name of this module inside a checkpoint folder.
-FILE = "modeling_pruned_t5"
+#: Name of this module inside a checkpoint folder, and version of the configurations that it reads.
+FILE, FORMAT = "modeling_pruned_t5", 1
 
 
 @strict
@@ -34,7 +34,11 @@ class PrunedT5Config(T5Config):
     per_layer_decoder_config: dict | None = None
 
     def __post_init__(self, **kwargs):
+        written = kwargs.pop("pruned_format", FORMAT)
+        if written != FORMAT:
+            raise ValueError(f"pruned_format {written!r} is not supported, {FORMAT} is; upgrade nirvana")
         super().__post_init__(**kwargs)
+        self.pruned_format = FORMAT
         # Which class of this file, copied into every saved folder, serves which Auto class.
         self.auto_map = {
             "AutoConfig": f"{FILE}.PrunedT5Config",

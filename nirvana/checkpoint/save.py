@@ -9,13 +9,12 @@ from pathlib import Path
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 
 from nirvana.checkpoint.atomic import atomic_directory
+from nirvana.checkpoint.sums import write_sums
 from nirvana.checkpoint.writer import SHARD_SIZE, write_weights
 from nirvana.errors import NirvanaError
-from nirvana.plan import PruningPlan
+from nirvana.plan import PLAN_FILE, PruningPlan
 from nirvana.progress import Progress
 from nirvana.slicing import SlicedTensors
-
-PLAN_FILE = "nirvana_plan.json"
 
 #: Text whose token ids must survive the change of model type: words, numbers, spaces, newlines, accents, code.
 PROBE = "The 3 naïve résumés, 1024 tokens\n\n    def f(x): return x**2  # “quoted” … 你好"
@@ -41,7 +40,7 @@ def save_checkpoint(
     stage = (progress or Progress()).stage("save", sum(info.nbytes for info in tensors.values()), "B")
     with atomic_directory(out, overwrite) as folder:
         with stage as advance:
-            write_weights(folder, tensors, sliced.load, shard_size, advance)
+            sums = write_weights(folder, tensors, sliced.load, shard_size, advance)
         config = copy.deepcopy(sliced.config)
         config.dtype = sliced.dtype
         config.save_pretrained(folder)
@@ -52,6 +51,7 @@ def save_checkpoint(
         if tokenizer is not None:
             _save_tokenizer(tokenizer, folder)
         (folder / PLAN_FILE).write_text(plan.to_json())
+        write_sums(folder, sums)
     return Path(out).absolute()
 
 
