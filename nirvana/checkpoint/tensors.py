@@ -107,9 +107,9 @@ class CheckpointTensors:
             if self._where.get(name) != file:
                 raise NirvanaError(f"{self._folder / file} holds no {name}, which {INDEX} promises; get it again")
 
-    @property
-    def folder(self) -> Path:
-        return self._folder
+    def files(self) -> set[str]:
+        """Names of the weight files."""
+        return set(self._files)
 
     def _weight_map(self) -> dict[str, str]:
         """Tensor name -> file, as the index says; empty for a single file."""
