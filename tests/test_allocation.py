@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from transformers import LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config, T5Config
 
 from nirvana import NirvanaError, Saliency, allocate, describe
-from nirvana.allocation import split_sparsity
 from nirvana.parameters import auto_class
+from nirvana.widths import split_sparsity
 
 FIXED = settings(derandomize=True, deadline=None, max_examples=150, database=None)
 
@@ -527,6 +527,8 @@ def test_global_t5_ranks_encoder_decoder_and_cross_attention_together():
 def test_plan_carries_its_settings_and_those_of_the_scores():
     scores = Saliency(random_scores(SMALL, 15), {"criterion": "nirvana", "calibration_sha256": "ab"})
     plan = allocate(scores, SMALL, sparsity=0.25, gamma=2.0, rounding="up", align=4, scope="mlp")
+    kept = sum(float(scores[name][list(units)].sum()) for name, units in plan.kept.items())
+    assert plan.settings.pop("kept_saliency")["fraction"] == pytest.approx(kept / sum(s.sum() for s in scores.values()))
     assert plan.settings == {
         "sparsity": 0.25,
         "gamma": 2.0,
@@ -534,6 +536,8 @@ def test_plan_carries_its_settings_and_those_of_the_scores():
         "align": 4,
         "scope": "mlp",
         "allocation": "global",
+        "max_widths": None,
+        "tensor_parallel": 1,
         "criterion": "nirvana",
         "calibration_sha256": "ab",
     }

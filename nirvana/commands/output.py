@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -20,6 +21,9 @@ class Bars(Progress):
     def stage(self, name: str, total: int, unit: str = "") -> Iterator[Callable[[int], None]]:
         with tqdm(total=total, desc=name, unit=unit or "it", unit_scale=bool(unit), disable=None) as bar:
             yield bar.update
+
+    def note(self, line: str) -> None:
+        print(line, file=sys.stderr)
 
 
 def progress(quiet: bool) -> Progress:
