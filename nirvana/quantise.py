@@ -4,28 +4,28 @@ Each layer has a price list for either kind: the saliency that goes when it keep
 first, plus a price for every parameter that stays. At the price at which the unrestricted plan is the cheapest, that
 plan is what every layer chooses for itself; N pairs mean N groups of layers that choose together. Finding the groups is
 a k-medians problem. It is solved by merging the two groups that lose least until N are left, then by moving single
-layers while that helps. At last the price is forgotten and the widths of the groups are chosen exactly, by dynamic
-programming over the parameters that stay, so that the budget is met.
+layers while that helps, from several starts. At last the price is forgotten and the widths of the groups are chosen
+exactly, by dynamic programming over the parameters that stay, so that the budget is met.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import combinations
+from dataclasses import dataclass
 
 import numpy as np
 
 from nirvana.errors import NirvanaError
+from nirvana.grouping import Groups, merge, move, neighbours
+from nirvana.prices import PriceList
 from nirvana.removal import Removal
 
 #: The budget may be missed by this fraction of it where that keeps more saliency, as `--rounding budget` promises.
 TOLERANCE = 0.001
+#: The first groups are made at these multiples of the two prices: too dear and too cheap find other groups.
+STARTS = ((1.0, 1.0), (0.5, 0.5), (0.5, 2.0), (2.0, 0.5), (2.0, 2.0), (1.0, 0.7), (1.0, 1.4))
 #: Each round groups the layers again, at the price at which the last groups met the budget.
 ROUNDS = 6
-#: Widths on either side of the cheapest one that the last step considers for each group.
-WINDOW = 64
-
-Groups = list[list[int]]
 
 
 def quantise(
@@ -49,172 +49,82 @@ def quantise(
     """
     if len(attention.blocks) != len(mlp.blocks):
         raise NirvanaError("--max-widths needs layers of one attention and one MLP; T5 decoders have two attentions")
-    heads = PriceList(attention, 1, pruned=scope != "mlp")
-    neurons = PriceList(mlp, align, pruned=scope != "attention")
-    stay = attention.parameters - attention.removed(widths)
-    rest = attention.parameters + mlp.parameters - target
-    tolerance = TOLERANCE * target
+    search = _Search(attention, mlp, widths, target, align, scope)
+    alone = [[layer] for layer in range(len(mlp.blocks))]
+    fair = search.prices(alone)
+    best = None
+    for scales in STARTS:
+        prices = fair[0] * scales[0], fair[1] * scales[1]
+        groups = merge(alone, limit, *search.costs(prices))
+        last = None
+        for _ in range(ROUNDS):
+            groups = move(groups, *search.costs(prices))
+            found = search.choose(groups)
+            best = found if best is None or found.quality < best.quality else best
+            if last is not None and found.quality >= last.quality:
+                break
+            last, prices = found, search.prices(groups)
+    best = search.repair(best)
+    return search.heads.spread(best.groups, best.heads), search.neurons.spread(best.groups, best.neurons)
 
-    groups = [[layer] for layer in range(len(mlp.blocks))]
-    best: tuple[tuple[float, float], list[int], list[int]] | None = None
-    for _ in range(ROUNDS):
-        price_heads = heads.price(groups, stay)
-        a = heads.cheapest(groups, price_heads)
-        price_neurons = neurons.price(groups, rest - heads.parameters(groups, a))
-        if len(groups) > limit:
-            groups = _merge(groups, limit, heads.at(price_heads), neurons.at(price_neurons))
-        groups = _move(groups, heads.at(price_heads), neurons.at(price_neurons))
-        if scope == "attention":
+
+@dataclass(frozen=True)
+class _Found:
+    """Groups of layers, their widths, and how good that is: budget missed and saliency lost, less is better."""
+
+    quality: tuple[float, float]
+    groups: Groups
+    heads: list[int]
+    neurons: list[int]
+
+
+class _Search:
+    """The price lists of both kinds, and the budget."""
+
+    def __init__(self, attention: Removal, mlp: Removal, widths: Sequence[int], target: float, align: int, scope: str):
+        self.heads = PriceList(attention, 1, pruned=scope != "mlp")
+        self.neurons = PriceList(mlp, align, pruned=scope != "attention")
+        self.only_heads = scope == "attention"
+        self.stay = attention.parameters - attention.removed(widths)
+        self.rest = attention.parameters + mlp.parameters - target
+        self.tolerance = TOLERANCE * target
+
+    def prices(self, groups: Groups) -> tuple[float, float]:
+        """Of heads and of neurons, at which the groups themselves choose what meets the budget."""
+        heads = self.heads.price(groups, self.stay)
+        kept = self.heads.parameters(groups, self.heads.cheapest(groups, heads))
+        return heads, self.neurons.price(groups, self.rest - kept)
+
+    def costs(self, prices: tuple[float, float]) -> tuple[np.ndarray, np.ndarray]:
+        return self.heads.at(prices[0]), self.neurons.at(prices[1])
+
+    def choose(self, groups: Groups) -> _Found:
+        """Widths for given groups: attention as near to its share as any price makes it, the MLP for what is left."""
+        heads, neurons = self.heads, self.neurons
+        price_heads, price_neurons = self.prices(groups)
+        if self.only_heads:
             b = neurons.cheapest(groups, price_neurons)
-            a = heads.fill(groups, price_heads, rest - neurons.parameters(groups, b), tolerance)
+            a = heads.fill(groups, price_heads, self.rest - neurons.parameters(groups, b), self.tolerance)
         else:
-            a = heads.cheapest(groups, heads.price(groups, stay))
-            b = neurons.fill(groups, price_neurons, rest - heads.parameters(groups, a), tolerance)
-        missed = abs(heads.parameters(groups, a) + neurons.parameters(groups, b) - rest)
-        quality = (max(missed, tolerance), heads.loss(groups, a) + neurons.loss(groups, b))
-        if best is not None and quality >= best[0]:
-            break
-        best = quality, heads.spread(groups, a), neurons.spread(groups, b)
-    return best[1], best[2]
+            a = heads.cheapest(groups, price_heads)
+            b = neurons.fill(groups, price_neurons, self.rest - heads.parameters(groups, a), self.tolerance)
+        missed = abs(heads.parameters(groups, a) + neurons.parameters(groups, b) - self.rest)
+        quality = (max(missed, self.tolerance), heads.loss(groups, a) + neurons.loss(groups, b))
+        return _Found(quality, groups, a, b)
 
+    def repair(self, found: _Found) -> _Found:
+        """Groups of other sizes reach other sums: move single layers while the budget is missed and that helps."""
+        while found.quality[0] > self.tolerance:
+            moved = [self.choose(groups) for groups in neighbours(found.groups) if self._possible(groups)]
+            best = min(moved, key=lambda other: other.quality, default=found)
+            if best.quality >= found.quality:
+                break
+            found = best
+        return found
 
-class PriceList:
-    """Of one kind: what each layer loses at each width. Infinite where the layer cannot have that width."""
-
-    def __init__(self, kind: Removal, align: int, pruned: bool):
-        choices = [kind.options(size, align) if pruned else [size] for size in kind.sizes]
-        self.widths = np.array(sorted(set().union(*choices)))
-        self.per_unit = np.array([block.parameters_per_unit for block in kind.blocks], dtype=float)
-        self.lost = np.full((len(choices), len(self.widths)), np.inf)
-        for layer, (block, own) in enumerate(zip(kind.blocks, choices, strict=True)):
-            scores = np.sort(kind.scores[block.name].double().numpy())
-            lowest = np.concatenate([[0.0], np.cumsum(scores)])
-            places = np.searchsorted(self.widths, own)
-            self.lost[layer, places] = lowest[block.size - np.array(own)]
-        # The steepest way down there is: at this price per parameter nobody keeps anything that can go.
-        self.highest = float(np.nanmax(np.abs(np.where(np.isinf(self.lost), np.nan, self.lost)))) + 1.0
-
-    def at(self, price: float) -> np.ndarray:
-        """Loss plus price, ``[layers, widths]``."""
-        return self.lost + price * self.per_unit[:, None] * self.widths
-
-    def cheapest(self, groups: Groups, price: float) -> list[int]:
-        """Index of the width of each group."""
-        costs = self.at(price)
-        return [int(np.argmin(costs[group].sum(axis=0))) for group in groups]
-
-    def parameters(self, groups: Groups, chosen: Sequence[int]) -> float:
-        """Parameters that stay."""
-        return sum(self.per_unit[group].sum() * self.widths[index] for group, index in zip(groups, chosen, strict=True))
-
-    def loss(self, groups: Groups, chosen: Sequence[int]) -> float:
-        return sum(self.lost[group, index].sum() for group, index in zip(groups, chosen, strict=True))
-
-    def spread(self, groups: Groups, chosen: Sequence[int]) -> list[int]:
-        """Width of each layer."""
-        widths = np.zeros(len(self.lost), dtype=int)
-        for group, index in zip(groups, chosen, strict=True):
-            widths[group] = self.widths[index]
-        return widths.tolist()
-
-    def price(self, groups: Groups, stay: float) -> float:
-        """The price at which the groups keep as near to `stay` parameters as any price makes them."""
-        low, high = 0.0, self.highest
-        for _ in range(100):  # more parameters stay at the low price
-            middle = (low + high) / 2
-            if self.parameters(groups, self.cheapest(groups, middle)) > stay:
-                low = middle
-            else:
-                high = middle
-        return min((low, high), key=lambda price: abs(self.parameters(groups, self.cheapest(groups, price)) - stay))
-
-    def fill(self, groups: Groups, price: float, stay: float, tolerance: float) -> list[int]:
-        """Widths of the groups that keep `stay` parameters to within `tolerance`, or as nearly as any can.
-
-        Of those within the tolerance, the ones that lose least at the price. Exact among the widths near the cheapest.
-        """
-        start = self.cheapest(groups, self.price(groups, stay))
-        columns = [self.at(price)[group].sum(axis=0) for group in groups]
-        units = [int(self.per_unit[group].sum()) for group in groups]
-        options = []
-        for column, at in zip(columns, start, strict=True):
-            near = np.arange(max(0, at - WINDOW), min(len(column), at + WINDOW + 1))
-            options.append(near[np.isfinite(column[near])])
-        # Every sum of parameters is `least` and a multiple of `step`: cost[i] is the cheapest way to least + i * step.
-        kept = [unit * self.widths[near] for unit, near in zip(units, options, strict=True)]
-        least = sum(int(sizes[0]) for sizes in kept)
-        step = np.gcd.reduce(np.concatenate([sizes - sizes[0] for sizes in kept])) or 1
-        cost, choices = np.zeros(1), []
-        for column, near, sizes in zip(columns, options, kept, strict=True):
-            shifts = (sizes - sizes[0]) // step
-            longer = np.full(len(cost) + shifts[-1], np.inf)
-            choice = np.zeros(len(longer), dtype=int)
-            for number, shift in enumerate(shifts):
-                there = slice(shift, shift + len(cost))
-                value = cost + column[near[number]]
-                better = value < longer[there]
-                longer[there][better] = value[better]
-                choice[there][better] = number
-            cost = longer
-            choices.append(choice)
-        missed = np.maximum(np.abs(least + np.arange(len(cost)) * step - stay), tolerance)
-        missed[np.isinf(cost)] = np.inf
-        at = int(np.lexsort((cost, missed))[0])
-        chosen = []
-        for choice, near, sizes in zip(choices[::-1], options[::-1], kept[::-1], strict=True):
-            chosen.append(int(near[choice[at]]))
-            at -= int((sizes[choice[at]] - sizes[0]) // step)
-        return chosen[::-1]
-
-
-def _merge(groups: Groups, limit: int, heads: np.ndarray, neurons: np.ndarray) -> Groups:
-    """Join the two groups whose common widths cost least more than their own, until `limit` are left."""
-    groups = [list(group) for group in groups]
-    columns = [(heads[group].sum(axis=0), neurons[group].sum(axis=0)) for group in groups]
-    alone = [a.min() + b.min() for a, b in columns]
-
-    def together(i: int, j: int) -> float:
-        return (columns[i][0] + columns[j][0]).min() + (columns[i][1] + columns[j][1]).min() - alone[i] - alone[j]
-
-    dearer = {pair: together(*pair) for pair in combinations(range(len(groups)), 2)}
-    while len(groups) - groups.count([]) > limit:
-        i, j = min(dearer, key=dearer.__getitem__)
-        if not np.isfinite(dearer[i, j]):
-            raise NirvanaError(
-                f"--max-widths {limit} is impossible: its layers differ so much that no {limit} pairs of widths fit all"
-            )
-        groups[i] = sorted(groups[i] + groups[j])
-        groups[j] = []
-        columns[i] = columns[i][0] + columns[j][0], columns[i][1] + columns[j][1]
-        alone[i] = columns[i][0].min() + columns[i][1].min()
-        for pair in list(dearer):
-            if j in pair:
-                del dearer[pair]
-            elif i in pair:
-                dearer[pair] = together(*pair)
-    return [group for group in groups if group]
-
-
-def _move(groups: Groups, heads: np.ndarray, neurons: np.ndarray) -> Groups:
-    """Move single layers between the groups while the whole becomes cheaper."""
-    groups = [list(group) for group in groups]
-
-    def cost(layers: list[int]) -> float:
-        return heads[layers].sum(axis=0).min() + neurons[layers].sum(axis=0).min() if layers else 0.0
-
-    moved = True
-    while moved:
-        moved = False
-        for layer in range(len(heads)):
-            home = next(group for group in groups if layer in group)
-            if len(home) == 1:
-                continue
-            left = [other for other in home if other != layer]
-            saved = cost(home) - cost(left)
-            added = [np.inf if group is home else cost([*group, layer]) - cost(group) for group in groups]
-            target = int(np.argmin(added))
-            if added[target] < saved * (1 - 1e-12) - 1e-12:
-                home.remove(layer)
-                groups[target].append(layer)
-                moved = True
-    return [sorted(group) for group in groups]
+    def _possible(self, groups: Groups) -> bool:
+        return all(
+            np.isfinite(self.heads.lost[group].sum(axis=0)).any()
+            and np.isfinite(self.neurons.lost[group].sum(axis=0)).any()
+            for group in groups
+        )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -23,7 +22,7 @@ class Bars(Progress):
             yield bar.update
 
     def note(self, line: str) -> None:
-        print(line, file=sys.stderr)
+        print(line, flush=True)
 
 
 def progress(quiet: bool) -> Progress:
