@@ -11,9 +11,11 @@ Importing the package lets transformers' Auto classes open pruned checkpoints.
 from nirvana import ops
 from nirvana.allocation import allocate
 from nirvana.architectures import describe
+from nirvana.checkpoint.check import CheckReport, check
 from nirvana.checkpoint.convert import apply_checkpoint
 from nirvana.checkpoint.load import load
 from nirvana.checkpoint.registration import register_pruned_types
+from nirvana.compilation import compile_layers
 from nirvana.errors import NirvanaError
 from nirvana.masking import masked
 from nirvana.plan import PruningPlan
@@ -24,6 +26,7 @@ from nirvana.slicing import apply
 __version__ = "0.1.0"
 
 __all__ = [
+    "CheckReport",
     "NirvanaError",
     "PruneResult",
     "PruningPlan",
@@ -31,6 +34,8 @@ __all__ = [
     "allocate",
     "apply",
     "apply_checkpoint",
+    "check",
+    "compile_layers",
     "describe",
     "load",
     "masked",

@@ -22,10 +22,11 @@ from transformers import (
 
 from nirvana.architectures import FAMILIES, Architecture, describe
 from nirvana.checkpoint.tensors import INDEX, SINGLE, CheckpointTensors
+from nirvana.checkpoint.verify import check_config_file, verify
 from nirvana.demo import NAME as DEMO
 from nirvana.demo import demo_checkpoint, require_gguf_packages
 from nirvana.errors import NirvanaError
-from nirvana.parameters import auto_class, check_tensors, count_parameters
+from nirvana.parameters import auto_class, count_parameters
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -59,6 +60,8 @@ class ModelSource:
 
     @cached_property
     def _config(self) -> PreTrainedConfig:
+        if not self.gguf and Path(self.path).is_dir():
+            check_config_file(Path(self.path))
         # Read once: for a GGUF file it takes transformers 5 s, for a Hub model a question over the network.
         try:
             config = AutoConfig.from_pretrained(self.path, **self._options)
@@ -109,7 +112,7 @@ class ModelSource:
         if not self.gguf and Path(self.path).is_dir():
             # Reads the headers only, and unlike transformers names the file that is damaged and the tensor that is not
             # what the configuration says. transformers would draw missing weights at random and go on.
-            check_tensors(CheckpointTensors(self.path).info(), config)
+            verify(self.path, config)
         try:
             model, loading = auto_class(config).from_pretrained(self.path, output_loading_info=True, **options)
         except Exception as error:  # of Rust code, of missing quantisation packages, of anything in the configuration

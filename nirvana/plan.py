@@ -26,6 +26,9 @@ from nirvana.errors import NirvanaError
 
 FORMAT, VERSION = "nirvana-plan", 1
 
+#: The plan inside a checkpoint folder.
+PLAN_FILE = "nirvana_plan.json"
+
 
 @dataclass(frozen=True)
 class BlockPlan:
@@ -109,7 +112,7 @@ class PruningPlan:
         """
         path = Path(path)
         if path.is_dir():
-            path /= "nirvana_plan.json"
+            path /= PLAN_FILE
         try:
             data = json.loads(path.read_text(encoding="utf-8"))
         except FileNotFoundError:
@@ -171,6 +174,15 @@ def _read_block(entry: Any) -> BlockPlan:
 
 def config_fingerprint(config: PreTrainedConfig) -> str:
     """SHA-256 of what the configuration says about the model, without paths, versions and types."""
-    volatile = {"transformers_version", "_name_or_path", "dtype", "torch_dtype", "architectures", "quantization_config"}
+    volatile = {
+        "transformers_version",
+        "_name_or_path",
+        "dtype",
+        "torch_dtype",
+        "architectures",
+        "quantization_config",
+        "auto_map",
+        "pruned_format",
+    }
     facts = {key: value for key, value in config.to_dict().items() if key not in volatile}
     return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()

@@ -13,3 +13,6 @@ class Progress:
     def stage(self, name: str, total: int, unit: str = "") -> Iterator[Callable[[int], None]]:
         """Inside, calling the yielded function with a number reports that many more of `total` done."""
         yield lambda count: None
+
+    def note(self, line: str) -> None:
+        """Something that the user should know before the work goes on."""

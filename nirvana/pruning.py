@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from nirvana.allocation import allocate, check_allocation
+from nirvana.allocation import allocate
 from nirvana.architectures import describe
 from nirvana.calibration import load_batch
 from nirvana.checkpoint.atomic import check_target
@@ -16,8 +16,10 @@ from nirvana.checkpoint.tensors import ModelTensors
 from nirvana.models import resolve
 from nirvana.plan import PruningPlan
 from nirvana.progress import Progress
+from nirvana.retention import kept_saliency_line
 from nirvana.saliency import Saliency, needs_calibration, score
 from nirvana.slicing import SlicedTensors, apply
+from nirvana.widths import WidthRule
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,8 @@ def prune(
     align: int = 8,
     scope: str = "both",
     allocation: str = "global",
+    max_widths: int | None = None,
+    tensor_parallel: int = 1,
     micro_batch: int | None = None,
     dtype: str = "auto",
     device: str = "auto",
@@ -70,7 +74,7 @@ def prune(
         calibration: corpus name, .txt, .jsonl, .parquet, folder of .txt, or .npy of token ids.
         num_examples, seq_len, seed: size of the calibration batch and seed of its draw.
         criterion, objective, micro_batch: see `nirvana.score`.
-        gamma, rounding, align, scope, allocation: see `nirvana.allocate`.
+        gamma, rounding, align, scope, allocation, max_widths, tensor_parallel: see `nirvana.allocate`.
         dtype: type in which the model is scored and written; "auto" is the stored one.
         device: where it is scored; "auto" takes CUDA where there is one.
         tokenizer: for a model in memory; otherwise the checkpoint's own.
@@ -84,7 +88,7 @@ def prune(
     progress = progress or Progress()
     if out is not None:
         check_target(out, overwrite, directory=True)
-    check_allocation(sparsity, gamma, rounding, align, scope, allocation)
+    rule = WidthRule(sparsity, gamma, rounding, align, scope, allocation, max_widths, tensor_parallel)
     generation_config = None
     if isinstance(model, PreTrainedModel):
         generation_config = model.generation_config
@@ -112,16 +116,9 @@ def prune(
         )
     if tokens is not None:
         saliency.settings |= {"calibration": str(calibration), "seed": seed}
-    plan = allocate(
-        saliency,
-        model,
-        sparsity=sparsity,
-        gamma=gamma,
-        rounding=rounding,
-        align=align,
-        scope=scope,
-        allocation=allocation,
-    )
+    plan = allocate(saliency, model, **asdict(rule))
+    if line := kept_saliency_line(plan.settings):
+        progress.note(line)
     if out is None:
         return PruneResult(saliency, plan, None, apply(model, plan))
     folder = save_checkpoint(

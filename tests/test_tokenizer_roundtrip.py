@@ -73,6 +73,7 @@ CASES = [
     (byte_level, "llama", 2, "llama"),
     (byte_level, "llama", 3, "mistral"),
     (byte_level, "qwen2", None, "pruned_qwen2"),
+    (byte_level, "qwen2-tied", 2, "seed_oss"),
     (byte_level, "qwen3", None, "pruned_qwen3"),
     (llama, "llama", None, "pruned_llama"),
     (llama, "llama", 2, "llama"),

@@ -5,11 +5,11 @@ from __future__ import annotations
 from torch import nn
 from transformers import PreTrainedConfig
 
-from nirvana.architectures import llama, mistral, qwen2, qwen3, t5
+from nirvana.architectures import llama, mistral, qwen2, qwen3, seed_oss, t5
 from nirvana.architectures.base import KV_GROUP, NEURON, Architecture, Block, Family, Slice
 from nirvana.errors import NirvanaError
 
-FAMILIES: dict[str, Family] = {m.FAMILY.name: m.FAMILY for m in (llama, mistral, qwen2, qwen3, t5)}
+FAMILIES: dict[str, Family] = {m.FAMILY.name: m.FAMILY for m in (llama, mistral, qwen2, qwen3, seed_oss, t5)}
 
 __all__ = ["FAMILIES", "KV_GROUP", "NEURON", "Architecture", "Block", "Family", "Slice", "describe"]
 

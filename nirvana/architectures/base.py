@@ -105,6 +105,8 @@ class Family:
     name: str
     #: Name of the stock class with a language-model head.
     model_class: str
+    #: Family whose pruned checkpoints may be written under this one's `model_type`, because it can express them.
+    stands_in_for: str = ""
 
     def blocks(self, config: PreTrainedConfig) -> tuple[Block, ...]:
         """All prunable blocks, from the configuration alone."""
@@ -120,7 +122,8 @@ class Family:
 def plain_settings(config: PreTrainedConfig) -> dict[str, Any]:
     """`config` as keyword arguments for another configuration class, without what belongs to the old one."""
     settings = config.to_dict()
-    for key in ("model_type", "architectures", "transformers_version", "_name_or_path", "auto_map", "per_layer_config"):
+    stale = ("model_type", "architectures", "transformers_version", "_name_or_path", "auto_map", "pruned_format")
+    for key in (*stale, "per_layer_config"):
         settings.pop(key, None)
     # A dequantised GGUF must not claim to be quantised: transformers would refuse to load what we write.
     settings.pop("quantization_config", None)

@@ -80,10 +80,10 @@ class DecoderFamily(Family):
         if all(layer == layers[0] for layer in layers):
             stock = self.uniform_config(settings)
             if stock is not None:
-                stock.architectures = [stock_model_class(stock)]
+                stock.architectures = [causal_model_class(stock)]
                 return stock
         pruned = self.pruned_class(**settings, per_layer_config=dict(enumerate(layers)))
-        pruned.architectures = [f"Pruned{self.model_class}"]
+        pruned.architectures = [causal_model_class(pruned)]
         return pruned
 
 
@@ -93,6 +93,6 @@ def head_dimension(config: PreTrainedConfig) -> int:
     return explicit if explicit is not None else config.hidden_size // config.num_attention_heads
 
 
-def stock_model_class(config: PreTrainedConfig) -> str:
-    """Name of the stock class with a language-model head for a stock configuration."""
+def causal_model_class(config: PreTrainedConfig) -> str:
+    """Name of the class with a language-model head for a configuration: transformers' or, for Pruned..., nirvana's."""
     return type(config).__name__.removesuffix("Config") + "ForCausalLM"

@@ -3,7 +3,7 @@
 from transformers import LlamaConfig, MistralConfig, PreTrainedConfig
 
 from nirvana.architectures.decoder import DecoderFamily
-from nirvana.checkpoint.pruned_decoder import PrunedLlamaConfig
+from nirvana.checkpoint.modeling_pruned_decoder import PrunedLlamaConfig
 
 
 class Llama(DecoderFamily):

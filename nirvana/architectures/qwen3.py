@@ -3,7 +3,7 @@
 from transformers import PreTrainedConfig, Qwen3Config
 
 from nirvana.architectures.decoder import DecoderFamily
-from nirvana.checkpoint.pruned_decoder import PrunedQwen3Config
+from nirvana.checkpoint.modeling_pruned_decoder import PrunedQwen3Config
 
 
 class Qwen3(DecoderFamily):

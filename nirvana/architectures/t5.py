@@ -1,7 +1,7 @@
 """T5 v1.0 (plain MLP) and v1.1 / Flan-T5 (gated MLP): encoder, decoder and cross-attention are blocks of their own.
 
 T5 has no grouped queries: a KV group is one head. The relative-position bias has one column per head, lives in the
-first block of each stack and serves all of them: each kept head takes its column along (checkpoint/pruned_t5.py).
+first block of each stack and serves all of them: each kept head takes its column along (see modeling_pruned_t5.py).
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from transformers import PreTrainedConfig, T5Config
 
 from nirvana.architectures.base import KV_GROUP, NEURON, Block, Family, Slice, plain_settings
-from nirvana.checkpoint.pruned_t5 import PrunedT5Config
+from nirvana.checkpoint.modeling_pruned_t5 import PrunedT5Config
 
 
 class T5(Family):
@@ -37,7 +37,7 @@ class T5(Family):
         settings = plain_settings(config)
         for stack in ("encoder", "decoder"):
             settings.pop(f"per_layer_{stack}_config", None)
-        if not isinstance(config, PrunedT5Config) and _fits_stock(blocks, kept):
+        if not _is_pruned(config) and _fits_stock(blocks, kept):
             heads = next(len(kept[b.name]) for b in blocks if b.is_attention)
             width = next(len(kept[b.name]) for b in blocks if not b.is_attention)
             stock = T5Config(**{**settings, "num_heads": heads, "d_ff": width})
@@ -57,8 +57,13 @@ class T5(Family):
         return pruned
 
 
+def _is_pruned(config: PreTrainedConfig) -> bool:
+    """By name, not by class: a checkpoint that was opened by its own file brings a class of its own."""
+    return config.model_type == PrunedT5Config.model_type
+
+
 def _layer_config(config: PreTrainedConfig, stack: str, index: int) -> PreTrainedConfig:
-    return config.layer_config(stack, index) if isinstance(config, PrunedT5Config) else config
+    return config.layer_config(stack, index) if _is_pruned(config) else config
 
 
 def _attention(config: PreTrainedConfig, name: str, heads: int, *more: Slice, label: str = "") -> Block:
@@ -72,7 +77,7 @@ def _self_attention(config: PreTrainedConfig, layer: PreTrainedConfig, stack: st
     table = f"{name}.relative_attention_bias.weight"
     # A stock model has one table a stack; one that was pruned before has a table in each layer.
     source = table
-    if not isinstance(config, PrunedT5Config):
+    if not _is_pruned(config):
         source = f"{stack}.block.0.layer.0.SelfAttention.relative_attention_bias.weight"
     bias = Slice(table, 1, 1, config.relative_attention_num_buckets, source=source, scored=False)
     return _attention(config, name, layer.num_heads, bias, label=f"{stack} position bias")

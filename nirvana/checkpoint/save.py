@@ -9,13 +9,12 @@ from pathlib import Path
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 
 from nirvana.checkpoint.atomic import atomic_directory
+from nirvana.checkpoint.sums import write_sums
 from nirvana.checkpoint.writer import SHARD_SIZE, write_weights
 from nirvana.errors import NirvanaError
-from nirvana.plan import PruningPlan
+from nirvana.plan import PLAN_FILE, PruningPlan
 from nirvana.progress import Progress
 from nirvana.slicing import SlicedTensors
-
-PLAN_FILE = "nirvana_plan.json"
 
 #: Text whose token ids must survive the change of model type: words, numbers, spaces, newlines, accents, code.
 PROBE = "The 3 naïve résumés, 1024 tokens\n\n    def f(x): return x**2  # “quoted” … 你好"
@@ -41,16 +40,29 @@ def save_checkpoint(
     stage = (progress or Progress()).stage("save", sum(info.nbytes for info in tensors.values()), "B")
     with atomic_directory(out, overwrite) as folder:
         with stage as advance:
-            write_weights(folder, tensors, sliced.load, shard_size, advance)
+            sums = write_weights(folder, tensors, sliced.load, shard_size, advance)
         config = copy.deepcopy(sliced.config)
         config.dtype = sliced.dtype
         config.save_pretrained(folder)
+        if not getattr(config, "scale_decoder_outputs", True) and "lm_head.weight" in tensors:
+            _tell_own_head(folder / "config.json")
         if generation_config is not None:
             generation_config.save_pretrained(folder)
         if tokenizer is not None:
             _save_tokenizer(tokenizer, folder)
         (folder / PLAN_FILE).write_text(plan.to_json())
+        write_sums(folder, sums)
     return Path(out).absolute()
+
+
+def _tell_own_head(file: Path) -> None:
+    """T5 v1.1 has a vocabulary head of its own and does not scale its outputs; `tie_word_embeddings: false` says both.
+
+    transformers 5 holds it as true in memory, ties or unties by the tensors that it finds, and would write that true;
+    transformers 4 and whoever else reads the file would drop the head.
+    """
+    config = json.loads(file.read_text()) | {"tie_word_embeddings": False}
+    file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
 def _save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:

@@ -90,7 +90,8 @@ class CheckpointTensors:
         self._files: dict[str, Any] = {}
         self._where: dict[str, str] = {}
         self._info: dict[str, TensorInfo] = {}
-        for file in self._weight_files():
+        index = self._weight_map()
+        for file in sorted(set(index.values())) or [SINGLE]:
             handle = self._open(file)
             for name in handle.keys():  # noqa: SIM118 (safe_open is no mapping)
                 view = handle.get_slice(name)
@@ -98,22 +99,37 @@ class CheckpointTensors:
                     raise NirvanaError(
                         f"{self._folder / file}: {name} has type {view.get_dtype()}, dequantise it first"
                     )
+                if name in self._where:
+                    raise NirvanaError(f"{self._folder / file}: {name} stands in {self._where[name]} as well")
                 self._where[name] = file
                 self._info[name] = TensorInfo(tuple(view.get_shape()), DTYPES[view.get_dtype()])
+        for name, file in index.items():
+            if self._where.get(name) != file:
+                raise NirvanaError(f"{self._folder / file} holds no {name}, which {INDEX} promises; get it again")
 
-    def _weight_files(self) -> list[str]:
+    def files(self) -> set[str]:
+        """Names of the weight files."""
+        return set(self._files)
+
+    def _weight_map(self) -> dict[str, str]:
+        """Tensor name -> file, as the index says; empty for a single file."""
         index = self._folder / INDEX
         if index.is_file():
             try:
-                return sorted(set(json.loads(index.read_text())["weight_map"].values()))
+                files = json.loads(index.read_text())["weight_map"]
+                if not files or any(Path(file).name != file for file in files.values()):
+                    raise ValueError("weight_map must map tensor names to files beside it")
             except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
                 raise NirvanaError(f"{index} is not a weight index: {error!r}") from None
+            return files
         if (self._folder / SINGLE).is_file():
-            return [SINGLE]
+            return {}
         raise NirvanaError(f"{self._folder} holds no {SINGLE} and no {INDEX}; only safetensors weights are read")
 
     def _open(self, file: str) -> Any:
         if file not in self._files:
+            if not (self._folder / file).is_file():
+                raise NirvanaError(f"{self._folder / file} is missing, {INDEX} names it; get the whole checkpoint")
             try:
                 self._files[file] = safe_open(self._folder / file, framework="pt")
             except (SafetensorError, OSError) as error:

@@ -7,6 +7,7 @@ before the weights are read, so the header can go first.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -30,7 +31,7 @@ def write_weights(
     load: Callable[[str], Tensor],
     shard_size: str | int = SHARD_SIZE,
     progress: Callable[[int], None] = lambda count: None,
-) -> None:
+) -> dict[str, str]:
     """Write `tensors` under the file names that transformers reads: one file, or numbered shards with an index.
 
     Args:
@@ -39,6 +40,9 @@ def write_weights(
         load: returns the tensor of a name; called once each.
         shard_size: largest file, in bytes or as transformers writes it ("5GB").
         progress: called with the number of bytes after each tensor.
+
+    Returns:
+        SHA-256 of each weight file, in hexadecimal.
     """
     split = split_state_dict_into_shards_factory(
         dict(tensors),
@@ -47,12 +51,27 @@ def write_weights(
         filename_pattern="model{suffix}.safetensors",
         max_shard_size=shard_bytes(shard_size),
     )
+    sums = {}
     for file, names in split.filename_to_tensors.items():
         with open(folder / file, "wb") as stream:
-            _write_file(stream, {name: tensors[name] for name in names}, load, progress)
+            hashing = _Hashing(stream)
+            _write_file(hashing, {name: tensors[name] for name in names}, load, progress)
+            sums[file] = hashing.sha256.hexdigest()
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
         (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+    return sums
+
+
+class _Hashing:
+    """A file that is hashed while it is written, so that a checkpoint need not be read again for it."""
+
+    def __init__(self, stream: BinaryIO):
+        self._stream, self.sha256 = stream, hashlib.sha256()
+
+    def write(self, data: bytes | memoryview) -> None:
+        self._stream.write(data)
+        self.sha256.update(data)
 
 
 def shard_bytes(size: str | int) -> int:
@@ -71,7 +90,7 @@ def shard_bytes(size: str | int) -> int:
 
 
 def _write_file(
-    stream: BinaryIO,
+    stream: _Hashing,
     tensors: Mapping[str, TensorInfo],
     load: Callable[[str], Tensor],
     progress: Callable[[int], None],

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from argparse import ArgumentParser
 
-from nirvana.allocation import ALLOCATIONS, ROUNDINGS, SCOPES
 from nirvana.calibration.corpora import BUILT_IN
 from nirvana.models import DTYPES
 from nirvana.ops.backends import AUTO, BACKENDS
 from nirvana.saliency import CRITERION_NAMES, OBJECTIVES
+from nirvana.widths import ALLOCATIONS, ROUNDINGS, SCOPES
 
 MODEL_HELP = "Hub id, checkpoint folder, .gguf file, or 'demo' (SmolLM2-135M-Instruct)"
 
@@ -105,6 +105,20 @@ def add_allocation(parser: ArgumentParser) -> None:
         metavar="RULE",
         help=f"{' or '.join(ALLOCATIONS)}: rank all layers together, or equal counts in every layer, which gives a "
         "stock checkpoint (default: global)",
+    )
+    group.add_argument(
+        "--max-widths",
+        type=int,
+        metavar="N",
+        help="at most N distinct pairs (KV groups, neurons) over all layers, at the same sparsity (default: no limit); "
+        "8 is what torch.compile takes layer by layer",
+    )
+    group.add_argument(
+        "--tensor-parallel",
+        type=int,
+        default=1,
+        metavar="N",
+        help="kept KV groups, heads and neurons of every layer are multiples of N devices (default: 1)",
     )
 
 

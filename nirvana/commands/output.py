@@ -21,6 +21,9 @@ class Bars(Progress):
         with tqdm(total=total, desc=name, unit=unit or "it", unit_scale=bool(unit), disable=None) as bar:
             yield bar.update
 
+    def note(self, line: str) -> None:
+        print(line, flush=True)
+
 
 def progress(quiet: bool) -> Progress:
     return Progress() if quiet else Bars()

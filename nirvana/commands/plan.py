@@ -8,6 +8,7 @@ from nirvana.allocation import allocate
 from nirvana.checkpoint.atomic import check_target
 from nirvana.commands import options, output
 from nirvana.models import resolve
+from nirvana.retention import kept_saliency_line
 from nirvana.saliency import Saliency
 
 HELP = "choose which units stay; writes plan.json. Reads no weights, only MODEL's configuration"
@@ -33,10 +34,17 @@ def run(args: Namespace) -> None:
         align=args.align,
         scope=args.scope,
         allocation=args.allocation,
+        max_widths=args.max_widths,
+        tensor_parallel=args.tensor_parallel,
     )
     plan.save(args.out, overwrite=args.overwrite)
     if args.json:
-        output.print_json({"plan": str(args.out), "sparsity": plan.sparsity, "totals": plan.totals})
+        kept = plan.settings["kept_saliency"]
+        report = {"plan": str(args.out), "sparsity": plan.sparsity, "kept_saliency": kept, "totals": plan.totals}
+        output.print_json(report)
         return
     output.print_table([["", "before", "after", "change"], *output.plan_rows(plan)])
-    print(f"\n{output.plan_line(plan)}\nplan: {args.out}")
+    print(f"\n{output.plan_line(plan)}")
+    if line := kept_saliency_line(plan.settings):
+        print(line)
+    print(f"plan: {args.out}")

@@ -38,7 +38,12 @@ def run(args: Namespace) -> None:
         **{name: getattr(args, name) for name in PRUNE_OPTIONS},
     )
     plan = result.plan
-    report = {"checkpoint": str(result.checkpoint), "sparsity": plan.sparsity, "totals": plan.totals}
+    report = {
+        "checkpoint": str(result.checkpoint),
+        "sparsity": plan.sparsity,
+        "kept_saliency": plan.settings["kept_saliency"],
+        "totals": plan.totals,
+    }
     if args.evaluate:
         try:
             report["evaluation"] = evaluation.run_evaluation(args, str(result.checkpoint), args.model)
@@ -71,6 +76,8 @@ PRUNE_OPTIONS = (
     "align",
     "scope",
     "allocation",
+    "max_widths",
+    "tensor_parallel",
     "dtype",
     "device",
     "overwrite",

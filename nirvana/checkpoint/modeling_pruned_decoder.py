@@ -3,6 +3,9 @@
 transformers parses and saves `per_layer_config` (a sparse map from layer index to the attributes that differ there)
 but builds no Llama, Mistral, Qwen2 or Qwen3 from it. These classes do: each layer is the stock layer, given its own
 resolved configuration. Forward pass, cache, attention back ends and tensor names are the stock ones.
+
+This very file is a module of nirvana and also lies in every checkpoint folder that needs it: `trust_remote_code=True`
+opens such a folder where nirvana is not installed. So it imports torch and transformers only. Licence: Apache-2.0.
 """
 
 from __future__ import annotations
@@ -32,6 +35,9 @@ from transformers.models.mistral.modeling_mistral import MistralDecoderLayer
 from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer
 from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer
 
+#: Name of this module inside a checkpoint folder, and version of the configurations that it reads.
+FILE, FORMAT = "modeling_pruned_decoder", 1
+
 
 @contextlib.contextmanager
 def layers_hidden(config: PreTrainedConfig) -> Iterator[None]:
@@ -51,6 +57,8 @@ class _PerLayerBackbone:
     """Mixin before a stock model class: one stock `layer_class` per layer, each with its own widths."""
 
     layer_class: type[nn.Module]
+    #: Once transformers builds unequal layers itself, it must leave those alone that are built here.
+    _disable_heterogeneous_modeling_patching = True
 
     def __init__(self, config: PreTrainedConfig):
         with layers_hidden(config):
@@ -68,6 +76,7 @@ class _PerLayerCausalLM:
     """Mixin before a stock class with a language-model head: its backbone becomes `backbone_class`."""
 
     backbone_class: type[nn.Module]
+    _disable_heterogeneous_modeling_patching = True
 
     def __init__(self, config: PreTrainedConfig):
         with layers_hidden(config):
@@ -76,10 +85,22 @@ class _PerLayerCausalLM:
         self.post_init()
 
 
-class _PerLayerValidation:
-    """Replaces the stock check `hidden_size % num_attention_heads == 0`: head_dim is explicit, so it need not hold."""
+class _PerLayerConfig:
+    """Mixin before a stock configuration class."""
+
+    def __post_init__(self, **kwargs):
+        written = kwargs.pop("pruned_format", FORMAT)
+        if written != FORMAT:
+            raise ValueError(f"pruned_format {written!r} is not supported, {FORMAT} is; upgrade nirvana")
+        super().__post_init__(**kwargs)
+        self.pruned_format = FORMAT
+        # Which class of this file, copied into every saved folder, serves which Auto class.
+        family = type(self).__name__.removesuffix("Config")
+        classes = {"AutoConfig": "Config", "AutoModel": "Model", "AutoModelForCausalLM": "ForCausalLM"}
+        self.auto_map = {auto: f"{FILE}.{family}{suffix}" for auto, suffix in classes.items()}
 
     def validate_architecture(self):
+        """Replaces the stock check `hidden_size % num_attention_heads == 0`: head_dim is explicit, it need not hold."""
         for index, layer in enumerate(self.per_layer_config):
             heads, groups = layer.num_attention_heads, layer.num_key_value_heads
             if heads % groups:
@@ -89,7 +110,7 @@ class _PerLayerValidation:
 
 
 @strict
-class PrunedLlamaConfig(_PerLayerValidation, LlamaConfig):
+class PrunedLlamaConfig(_PerLayerConfig, LlamaConfig):
     model_type = "pruned_llama"
 
 
@@ -104,7 +125,7 @@ class PrunedLlamaForCausalLM(_PerLayerCausalLM, LlamaForCausalLM):
 
 
 @strict
-class PrunedMistralConfig(_PerLayerValidation, MistralConfig):
+class PrunedMistralConfig(_PerLayerConfig, MistralConfig):
     model_type = "pruned_mistral"
 
 
@@ -119,7 +140,7 @@ class PrunedMistralForCausalLM(_PerLayerCausalLM, MistralForCausalLM):
 
 
 @strict
-class PrunedQwen2Config(_PerLayerValidation, Qwen2Config):
+class PrunedQwen2Config(_PerLayerConfig, Qwen2Config):
     model_type = "pruned_qwen2"
 
 
@@ -134,7 +155,7 @@ class PrunedQwen2ForCausalLM(_PerLayerCausalLM, Qwen2ForCausalLM):
 
 
 @strict
-class PrunedQwen3Config(_PerLayerValidation, Qwen3Config):
+class PrunedQwen3Config(_PerLayerConfig, Qwen3Config):
     model_type = "pruned_qwen3"
 
 
@@ -146,3 +167,17 @@ class PrunedQwen3Model(_PerLayerBackbone, Qwen3Model):
 class PrunedQwen3ForCausalLM(_PerLayerCausalLM, Qwen3ForCausalLM):
     config_class = PrunedQwen3Config
     backbone_class = PrunedQwen3Model
+
+
+#: Configuration, backbone and model with a head of each family.
+TYPES = (
+    (PrunedLlamaConfig, PrunedLlamaModel, PrunedLlamaForCausalLM),
+    (PrunedMistralConfig, PrunedMistralModel, PrunedMistralForCausalLM),
+    (PrunedQwen2Config, PrunedQwen2Model, PrunedQwen2ForCausalLM),
+    (PrunedQwen3Config, PrunedQwen3Model, PrunedQwen3ForCausalLM),
+)
+for _config, _backbone, _causal in TYPES:
+    # save_pretrained() then writes this file along.
+    _config.register_for_auto_class()
+    _backbone.register_for_auto_class("AutoModel")
+    _causal.register_for_auto_class("AutoModelForCausalLM")

@@ -6,6 +6,9 @@ heads, so no layer depends on another's. Encoder and decoder widths stand in two
 (`per_layer_encoder_config`, `per_layer_decoder_config`: layer index -> num_heads, d_ff and, in the decoder,
 cross_num_heads), because T5's two stacks can differ in depth, which the one `per_layer_config` of transformers cannot
 say. No field may start with `decoder_`: get_text_config() would rename it.
+
+This very file is a module of nirvana and also lies in every checkpoint folder that needs it: `trust_remote_code=True`
+opens such a folder where nirvana is not installed. So it imports torch and transformers only. Licence: Apache-2.0.
 """
 
 from __future__ import annotations
@@ -19,6 +22,9 @@ from torch import nn
 from transformers import T5Config, T5ForConditionalGeneration, T5Model
 from transformers.models.t5.modeling_t5 import T5Attention, T5Block, T5LayerCrossAttention, T5Stack
 
+#: Name of this module inside a checkpoint folder, and version of the configurations that it reads.
+FILE, FORMAT = "modeling_pruned_t5", 1
+
 
 @strict
 class PrunedT5Config(T5Config):
@@ -26,6 +32,19 @@ class PrunedT5Config(T5Config):
 
     per_layer_encoder_config: dict | None = None
     per_layer_decoder_config: dict | None = None
+
+    def __post_init__(self, **kwargs):
+        written = kwargs.pop("pruned_format", FORMAT)
+        if written != FORMAT:
+            raise ValueError(f"pruned_format {written!r} is not supported, {FORMAT} is; upgrade nirvana")
+        super().__post_init__(**kwargs)
+        self.pruned_format = FORMAT
+        # Which class of this file, copied into every saved folder, serves which Auto class.
+        self.auto_map = {
+            "AutoConfig": f"{FILE}.PrunedT5Config",
+            "AutoModel": f"{FILE}.PrunedT5Model",
+            "AutoModelForSeq2SeqLM": f"{FILE}.PrunedT5ForConditionalGeneration",
+        }
 
     def layer_config(self, stack: str, index: int) -> PrunedT5Config:
         """The configuration of one block of `stack` ("encoder" or "decoder"), its own widths filled in."""
@@ -113,3 +132,9 @@ class PrunedT5Model(_PerLayerStacks, T5Model):
 
 class PrunedT5ForConditionalGeneration(_PerLayerStacks, T5ForConditionalGeneration):
     pass
+
+
+# save_pretrained() then writes this file along.
+PrunedT5Config.register_for_auto_class()
+PrunedT5Model.register_for_auto_class("AutoModel")
+PrunedT5ForConditionalGeneration.register_for_auto_class("AutoModelForSeq2SeqLM")
