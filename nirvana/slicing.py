@@ -156,18 +156,33 @@ def apply(
             "(merge adapters first)"
         )
     sliced = SlicedTensors(ModelTensors(model), architecture, plan)
+    small = assemble(sliced, model.dtype, model.device, progress)
+    small.generation_config = copy.deepcopy(model.generation_config)
+    return small
+
+
+def assemble(
+    sliced: SlicedTensors,
+    dtype: torch.dtype,
+    device: torch.device,
+    progress: Callable[[int], None] = lambda count: None,
+) -> PreTrainedModel:
+    """A model of these tensors, which go to `device` one at a time; it shares no memory with their source.
+
+    Args:
+        dtype: of the parameters.
+        progress: called with 1 after each tensor.
+    """
     model_class = auto_class(sliced.config)._model_mapping[type(sliced.config)]
     state = {}
     # Outside of any inference mode of the caller: the result can be trained.
     with torch.inference_mode(False), _transformers_silent():
         for name in sliced.info():
-            tensor = sliced.load(name)
-            # A tensor that no plan touches is still the input model's own.
-            state[name] = tensor if sliced.is_cut(name) else tensor.clone()
+            # A tensor that no plan touches is still the source's own. No local name keeps it while the next is read.
+            state[name] = sliced.load(name).to(device, copy=not sliced.is_cut(name))
             progress(1)
-        small = model_class.from_pretrained(None, config=sliced.config, state_dict=state, dtype=model.dtype)
-    small.generation_config = copy.deepcopy(model.generation_config)
-    return small.to(model.device)
+        small = model_class.from_pretrained(None, config=sliced.config, state_dict=state, dtype=dtype)
+    return small.to(device)
 
 
 @contextlib.contextmanager

@@ -1,8 +1,8 @@
 """vLLM's own Llama, with layers that differ in width: each is the stock layer, given its own configuration.
 
-Attention is vLLM's PagedAttention; every layer's key/value cache has that layer's number of heads. Llama, Mistral, Qwen2
-and Qwen3 differ only inside the layer: embeddings, final norm, head and the names of the tensors are the same, so
-vLLM's Llama carries them all.
+Attention is vLLM's PagedAttention; every layer's key/value cache has that layer's number of heads. Llama, Mistral,
+Qwen2 and Qwen3 differ only inside the layer: embeddings, final norm, head and the names of the tensors are the same,
+so vLLM's Llama carries them all.
 """
 
 from __future__ import annotations

@@ -4,13 +4,8 @@ from __future__ import annotations
 
 import functools
 
-#: Architectures, as config.json names them. Registered as strings: vLLM imports the classes when it builds such a model.
-ARCHITECTURES = (
-    "PrunedLlamaForCausalLM",
-    "PrunedMistralForCausalLM",
-    "PrunedQwen2ForCausalLM",
-    "PrunedQwen3ForCausalLM",
-)
+#: Registered as strings: vLLM imports the classes when it builds such a model.
+ARCHITECTURES = tuple(f"Pruned{family}ForCausalLM" for family in ("Llama", "Mistral", "Qwen2", "Qwen3"))
 
 
 @functools.cache  # vLLM may call it more than once in a process, and warns of whatever is registered twice

@@ -25,7 +25,7 @@ from nirvana.slicing import cuts
 #: The value of --config-format, and the key in --hf-overrides that names the plan.
 CONFIG_FORMAT, OVERRIDE = "nirvana", "nirvana_plan"
 
-#: Where the configuration of the smaller model keeps the absolute path of the plan, for the processes that load weights.
+#: Where the smaller model's configuration keeps the plan's absolute path, for the processes that load weights.
 ATTRIBUTE = "prune_at_load"
 
 
