@@ -108,7 +108,7 @@ class CheckpointTensors:
 
     def files(self) -> set[str]:
         """Names of the weight files."""
-        return set(self._files)
+        return set(self._where.values())
 
     def _weight_map(self) -> dict[str, str]:
         """Tensor name -> file, as the index says; empty for a single file."""

@@ -38,7 +38,8 @@ def test_it_is_the_checkpoint_that_apply_writes(tmp_path, name):
     arguments = inputs(expected, seed=0)
     assert torch.equal(logits(small, arguments), logits(expected, arguments))
     small.save_pretrained(tmp_path / "saved")
-    assert config_json(tmp_path / "saved") == config_json(tmp_path / "small")
+    expected.save_pretrained(tmp_path / "expected")
+    assert config_json(tmp_path / "saved") == config_json(tmp_path / "expected")
 
 
 def assert_equal_states(model, expected):
