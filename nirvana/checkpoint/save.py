@@ -48,12 +48,12 @@ def save_checkpoint(
         if generation_config is not None:
             generation_config.save_pretrained(folder)
         if tokenizer is not None:
-            _save_tokenizer(tokenizer, folder)
+            save_tokenizer(tokenizer, folder)
         (folder / PLAN_FILE).write_text(plan.to_json())
     return Path(out).absolute()
 
 
-def _save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     """Save, open again, compare: transformers may pick another tokenizer class for another model_type, silently."""
     try:
         tokenizer.save_pretrained(folder)
