@@ -12,6 +12,9 @@ from pathlib import Path
 
 from nirvana.errors import NirvanaError
 
+#: A folder with a config.json and one of these is a model.
+WEIGHT_SUFFIXES = (".safetensors", ".onnx")
+
 
 def check_target(path: str | Path, overwrite: bool, directory: bool = False) -> Path:
     """Fail before any work is done if `path` cannot be written.
@@ -38,13 +41,13 @@ def check_target(path: str | Path, overwrite: bool, directory: bool = False) -> 
 
 
 def _is_replaceable(path: Path) -> bool:
-    """An empty folder or a checkpoint: --overwrite must never delete a home folder that was given by mistake."""
+    """An empty folder, a checkpoint or an export: --overwrite must never delete a home folder given by mistake."""
     if path.is_symlink() or not path.is_dir():
         return False
     content = list(path.iterdir())
     if any(entry.is_dir() for entry in content):
         return False
-    return not content or ((path / "config.json").is_file() and any(e.suffix == ".safetensors" for e in content))
+    return not content or ((path / "config.json").is_file() and any(e.suffix in WEIGHT_SUFFIXES for e in content))
 
 
 @contextlib.contextmanager

@@ -49,7 +49,7 @@ def save_checkpoint(
         if generation_config is not None:
             generation_config.save_pretrained(folder)
         if tokenizer is not None:
-            _save_tokenizer(tokenizer, folder)
+            save_tokenizer(tokenizer, folder)
         (folder / PLAN_FILE).write_text(plan.to_json())
         write_sums(folder, sums)
     return Path(out).absolute()
@@ -65,7 +65,7 @@ def _tell_own_head(file: Path) -> None:
     file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
-def _save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     """Save, open again, compare: transformers may pick another tokenizer class for another model_type, silently."""
     try:
         tokenizer.save_pretrained(folder)
