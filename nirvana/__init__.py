@@ -15,6 +15,7 @@ from nirvana.checkpoint.convert import apply_checkpoint
 from nirvana.checkpoint.load import load
 from nirvana.checkpoint.registration import register_pruned_types
 from nirvana.errors import NirvanaError
+from nirvana.export import Exported, export
 from nirvana.masking import masked
 from nirvana.plan import PruningPlan
 from nirvana.pruning import PruneResult, prune
@@ -24,6 +25,7 @@ from nirvana.slicing import apply
 __version__ = "0.1.0"
 
 __all__ = [
+    "Exported",
     "NirvanaError",
     "PruneResult",
     "PruningPlan",
@@ -32,6 +34,7 @@ __all__ = [
     "apply",
     "apply_checkpoint",
     "describe",
+    "export",
     "load",
     "masked",
     "ops",
