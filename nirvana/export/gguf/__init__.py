@@ -46,8 +46,8 @@ def export_gguf(
         progress: told the bytes written.
 
     Raises:
-        NirvanaError: `out` or `type` is refused, the checkpoint is damaged, or llama.cpp would not compute this model or
-            not make its token ids; the message says why and what else can be done.
+        NirvanaError: `out` or `type` is refused, the checkpoint is damaged, or llama.cpp would not compute this model
+            or not make its token ids; the message says why and what else can be done.
     """
     kind = check_type(type)
     check_target(out, overwrite)

@@ -28,7 +28,7 @@ class Layout:
 
     Attributes:
         name: `general.architecture`.
-        interleaved: RoPE turns neighbouring channels (NORM), transformers turns halves (NEOX): q and k rows are permuted.
+        interleaved: RoPE turns neighbouring channels (NORM), transformers turns halves (NEOX): q and k are permuted.
         fused: q, k and v are one tensor.
         rope_factors: it reads `rope_freqs.weight`.
         biases: the linear layers whose bias it reads.
@@ -122,7 +122,8 @@ def _refuse_wrong_results(config: PreTrainedConfig, layout: Layout, widths: Widt
     """What llama.cpp would load and then compute differently, or not load at all."""
     if config.hidden_act != "silu":
         raise NirvanaError(
-            f"llama.cpp's {layout.name} computes silu, the model's hidden_act is {config.hidden_act!r}; use --format onnx"
+            f"llama.cpp's {layout.name} computes silu, the model's hidden_act is {config.hidden_act!r}; "
+            "use --format onnx"
         )
     for index, (heads, neurons) in enumerate(zip(widths.heads, widths.neurons, strict=True)):
         if heads < 1 or neurons < 1:  # deci drops the attention of a layer without MLP, silently

@@ -58,7 +58,8 @@ def rope_of(config: PreTrainedConfig, layout: Layout) -> Rope:
     kind, base = settings.get("rope_type", "default"), float(settings["rope_theta"])
     if settings.get("partial_rotary_factor") not in (None, 1, 1.0):
         raise NirvanaError(
-            f"partial_rotary_factor is {settings['partial_rotary_factor']}, llama.cpp's {layout.name} turns every channel"
+            f"partial_rotary_factor is {settings['partial_rotary_factor']}, llama.cpp's {layout.name} turns every "
+            "channel; use --format onnx"
         )
     if kind == "default":
         return Rope(base)

@@ -110,12 +110,13 @@ def vocabulary_of(
 
 
 def _tokens(model: dict[str, Any], added: dict[int, dict[str, Any]], rows: int) -> tuple[list[str], list[TokenType]]:
-    """Text and kind for every row of the embeddings; rows without a token get a name of their own, as llama.cpp wants."""
+    """Text and kind for every row of the embeddings; rows without a token get a name of their own."""
     known = {token: text for text, token in model["vocab"].items()}
     known |= {token: entry["content"] for token, entry in added.items()}
     if max(known) >= rows:
         raise NirvanaError(
-            f"the tokenizer holds token {max(known)} ({known[max(known)]!r}), the embeddings have {rows} rows; resize them"
+            f"the tokenizer holds token {max(known)} ({known[max(known)]!r}), the embeddings have {rows} rows; "
+            "resize them"
         )
     tokens, types = [], []
     for token in range(rows):
