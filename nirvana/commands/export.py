@@ -23,10 +23,12 @@ def add_arguments(parser: ArgumentParser) -> None:
         "--out", metavar="PATH", help="file (gguf) or folder (onnx) to make (default: MODEL-TYPE.gguf, MODEL-onnx)"
     )
     parser.add_argument("--overwrite", action="store_true", help="replace what an earlier run left at PATH")
-    gguf = parser.add_argument_group("gguf")
-    gguf.add_argument(
-        "--type", metavar="TYPE", help="of the matrices: f16 (default), f32, bf16, q8_0, q5_1, q5_0, q4_1, q4_0"
+    parser.add_argument(
+        "--type",
+        metavar="TYPE",
+        help="of the matrices; gguf: f16 (default), f32, bf16, q8_0, q5_1, q5_0, q4_1, q4_0; onnx: f32 (default), f16",
     )
+    gguf = parser.add_argument_group("gguf")
     gguf.add_argument(
         "--context-length", type=int, metavar="N", help="context that the file announces (default: the model's)"
     )
@@ -59,6 +61,5 @@ def run(args: Namespace) -> None:
 
 
 def _bytes(path: Path) -> int:
-    return (
-        sum(file.stat().st_size for file in path.rglob("*") if file.is_file()) if path.is_dir() else path.stat().st_size
-    )
+    files = path.rglob("*") if path.is_dir() else [path]
+    return sum(file.stat().st_size for file in files if file.is_file())

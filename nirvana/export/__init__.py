@@ -13,8 +13,11 @@ from nirvana.progress import Progress
 #: Format -> module, function in it, extra that installs what it needs, options of its own.
 FORMATS = {
     "gguf": ("nirvana.export.gguf", "export_gguf", "gguf", ("type", "context_length")),
-    "onnx": ("nirvana.export.onnx", "export_onnx", "onnx", ("cache",)),
+    "onnx": ("nirvana.export.onnx", "export_onnx", "onnx", ("type", "cache")),
 }
+
+#: --type -> what the ONNX export calls it.
+ONNX_TYPES = {"f32": "float32", "f16": "float16"}
 
 
 @dataclass(frozen=True)
@@ -52,7 +55,7 @@ def export(
         overwrite: replace what an earlier run left at `out`.
         progress: told the bytes written.
         **options: gguf: ``type`` ("f16", "f32", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0") and ``context_length``;
-            onnx: ``cache`` (True: a graph with key/value cache inputs and outputs).
+            onnx: ``type`` ("f32", "f16") and ``cache`` (True: a graph with key/value cache inputs and outputs).
 
     Raises:
         NirvanaError: unknown format or option, missing packages, a model that the runtime would compute wrongly, or an
@@ -71,6 +74,10 @@ def export(
         raise NirvanaError(f"--format {format} needs {error.name or error}: pip install 'nirvana[{extra}]'") from None
     if out is None:
         out = default_name(source, format, options.get("type"))
+    if format == "onnx" and (kind := options.pop("type", None)) is not None:
+        if kind not in ONNX_TYPES:
+            raise NirvanaError(f"--type {kind!r} must be one of {', '.join(ONNX_TYPES)} for --format onnx")
+        options["dtype"] = ONNX_TYPES[kind]
     made = write(source, out, overwrite=overwrite, progress=progress, **options)
     return made if isinstance(made, Exported) else Exported(Path(made), format, {})
 

@@ -12,7 +12,7 @@ from nirvana.architectures.decoder import head_dimension
 from nirvana.checkpoint.atomic import atomic_file, check_target
 from nirvana.checkpoint.tensors import CheckpointTensors, ModelTensors, TensorSource
 from nirvana.export import Exported
-from nirvana.export.gguf.architecture import Layout, Widths, choose_layout, context, is_tied
+from nirvana.export.gguf.architecture import Layout, Widths, check_family, choose_layout, context, is_tied
 from nirvana.export.gguf.rope import Rope, rope_of
 from nirvana.export.gguf.tensors import Entry, entries
 from nirvana.export.gguf.tokenizer import vocabulary_of
@@ -53,6 +53,7 @@ def export_gguf(
     check_target(out, overwrite)
     model = resolve(source)
     config = model.config()
+    check_family(config)
     length = context(config, context_length)
     tensors = _tensors(model)
     tied = is_tied(config, tensors)

@@ -73,6 +73,12 @@ class Widths:
         return all(len(set(values)) == 1 for values in (self.heads, self.groups, self.neurons))
 
 
+def check_family(config: PreTrainedConfig) -> None:
+    """Raise NirvanaError unless the model is a decoder."""
+    if config.is_encoder_decoder:
+        raise NirvanaError(f"GGUF is written for decoder models, this is {describe(config).name}; use --format onnx")
+
+
 def is_tied(config: PreTrainedConfig, source: TensorSource) -> bool:
     """Whether the embeddings also make the logits: as transformers, which unties two tensors of different values."""
     if not config.tie_word_embeddings:
@@ -91,8 +97,6 @@ def choose_layout(config: PreTrainedConfig, tied: bool) -> Layout:
         NirvanaError: there is none; the message says why and names the way out.
     """
     family = describe(config).name
-    if config.is_encoder_decoder:
-        raise NirvanaError(f"GGUF is written for decoder models, this is {family}; use --format onnx")
     widths = Widths.of(config)
     layout = _layout(family, config, widths, tied)
     _refuse_wrong_results(config, layout, widths)
@@ -111,11 +115,9 @@ def _layout(family: str, config: PreTrainedConfig, widths: Widths, tied: bool) -
         return OPENELM
     if not widths.uniform:
         return DECI
-    if family != "qwen2":
-        return LLAMA
-    # llama.cpp's qwen2 takes heads x head_dim for the hidden size, and no rope_freqs.
+    # llama.cpp's qwen2 takes heads x head_dim for the hidden size, and reads no rope_freqs; its llama reads the biases.
     square = widths.heads[0] * head_dimension(config) == config.hidden_size
-    return QWEN2 if square and config.rope_parameters.get("rope_type") != "llama3" else DECI
+    return QWEN2 if family == "qwen2" and square and config.rope_parameters["rope_type"] != "llama3" else LLAMA
 
 
 def _refuse_wrong_results(config: PreTrainedConfig, layout: Layout, widths: Widths) -> None:
@@ -145,6 +147,8 @@ def _refuse_wrong_results(config: PreTrainedConfig, layout: Layout, widths: Widt
 
 def window(config: PreTrainedConfig) -> int | None:
     """The sliding window of any layer. None of the architectures above has one: they attend to everything."""
+    if describe(config).name == "llama":
+        return None  # a configuration may carry the field along, Llama does not read it
     kinds = getattr(config, "layer_types", None)
     if kinds is not None and "sliding_attention" not in kinds:
         return None

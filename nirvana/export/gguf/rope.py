@@ -96,6 +96,6 @@ def _yarn(settings: dict[str, Any], base: float) -> Rope:
 def _divisors(config: PreTrainedConfig, base: float) -> Tensor:
     """By how much transformers divides each frequency."""
     dimension = head_dimension(config)
-    scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](config, torch.device("cpu"))
+    scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](config.per_layer_config[0], torch.device("cpu"))
     plain = 1.0 / base ** (torch.arange(0, dimension, 2, dtype=torch.int64).float() / dimension)
     return (plain / scaled).float()
