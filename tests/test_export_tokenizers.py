@@ -40,14 +40,16 @@ def split(pattern: str) -> pre_tokenizers.PreTokenizer:
     return pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(pattern), "isolated"), bytes_only])
 
 
-def byte_level(steps: pre_tokenizers.PreTokenizer, whole_words: bool = False) -> PreTrainedTokenizerFast:
+def byte_level(
+    steps: pre_tokenizers.PreTokenizer, whole_words: bool = False, size: int = 700
+) -> PreTrainedTokenizerFast:
     """Byte-level BPE with a token before each text; one frequent word cannot be reached by merges."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer, tokenizer.decoder = steps, decoders.ByteLevel()
     special = ["<pad>", "<s>", "</s>", "<|turn|>"]
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(
-        vocab_size=700, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+        vocab_size=size, special_tokens=special, initial_alphabet=alphabet, show_progress=False
     )
     tokenizer.train_from_iterator([*TRAINING, "12 345 678 9 1999 2024"], trainer)
     data = json.loads(tokenizer.to_str())
@@ -160,7 +162,7 @@ def test_ids_of_sentencepiece_tokenizers(tmp_path, sentencepiece_model):
 
 REFUSED = {
     "no merge": llama_by_bpe,
-    "have 720 rows": lambda: _with_token(byte_level(pre_tokenizers.ByteLevel(add_prefix_space=False)), 30),
+    "no token 720": lambda: byte_level(pre_tokenizers.ByteLevel(add_prefix_space=False), size=721),
     r"patterns ['\\d+']": lambda: byte_level(split(r"\d+")),
     "add_prefix_space": lambda: byte_level(pre_tokenizers.ByteLevel(add_prefix_space=True)),
     "and ignore_merges": lambda: byte_level(pre_tokenizers.ByteLevel(add_prefix_space=False), whole_words=True),
@@ -170,11 +172,6 @@ REFUSED = {
 }
 
 
-def _with_token(tokenizer: PreTrainedTokenizerFast, count: int) -> PreTrainedTokenizerFast:
-    tokenizer.add_tokens([f"new{index}" for index in range(count)])
-    return tokenizer
-
-
 @pytest.mark.parametrize("reason", REFUSED)
 def test_a_tokenizer_with_other_ids_is_refused(tmp_path, reason):
     with pytest.raises(NirvanaError) as caught:
@@ -182,6 +179,16 @@ def test_a_tokenizer_with_other_ids_is_refused(tmp_path, reason):
     assert reason in str(caught.value)
     assert "\n" not in str(caught.value)
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_added_tokens_without_a_row_are_named(tmp_path):
+    tokenizer = byte_level(pre_tokenizers.ByteLevel(add_prefix_space=False))
+    tokenizer.add_tokens([f"new{index}" for index in range(22)])
+    made = export(tmp_path, tokenizer)
+    assert made.notes[0] == "left out: 'new20', 'new21', for which the embeddings have no row"
+    with LlamaCpp(made.path) as llama:
+        assert llama.tokenize("new19", special=False) == [719]
+        assert len(llama.tokenize("new20", special=False)) > 1
 
 
 def test_no_end_token_is_refused(tmp_path):

@@ -88,5 +88,5 @@ def default_name(source: str | Path, format: str, kind: str | None) -> Path:  # 
     place = path.absolute().parent if path.exists() else Path.cwd()
     stem = path.name.removesuffix(".gguf") if path.name not in ("", "..") else path.resolve().name
     if format == "gguf":
-        return place / f"{stem}-{kind or 'f16'}.gguf"
+        return place / f"{stem}-{(kind or 'f16').lower()}.gguf"
     return place / f"{stem}-{format}"

@@ -7,6 +7,7 @@ byte-level BPE (Llama 3, SmolLM, Qwen, Mistral Nemo) and SentencePiece BPE (Llam
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -86,13 +87,15 @@ def vocabulary_of(
     if model["type"] != "BPE":
         raise NirvanaError(f"the tokenizer is of kind {model['type']}; GGUF is written for BPE tokenizers")
     added = {token["id"]: token for token in data["added_tokens"]}
+    notes = tuple(_notes(added, config.vocab_size))
+    added = {token: entry for token, entry in added.items() if token < config.vocab_size}
     tokens, types = _tokens(model, added, config.vocab_size)
     common = {
         "tokens": tokens,
         "special": _special(tokenizer, config, generation),
         "adds": _added_around(tokenizer),
         "chat_template": tokenizer.chat_template,
-        "notes": tuple(_notes(added)),
+        "notes": notes,
     }
     if model["byte_fallback"]:
         return Vocabulary(
@@ -115,7 +118,7 @@ def _tokens(model: dict[str, Any], added: dict[int, dict[str, Any]], rows: int) 
     known |= {token: entry["content"] for token, entry in added.items()}
     if max(known) >= rows:
         raise NirvanaError(
-            f"the tokenizer holds token {max(known)} ({known[max(known)]!r}), the embeddings have {rows} rows; "
+            f"the embeddings have no token {max(known)} ({known[max(known)]!r}) of the tokenizer, only {rows} rows; "
             "resize them"
         )
     tokens, types = [], []
@@ -173,11 +176,12 @@ def _special(
     if not ends:
         raise NirvanaError("neither tokenizer nor configuration names an end token (eos_token), which llama.cpp needs")
     begin = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else getattr(config, "bos_token_id", None)
-    ids = {"bos": begin if begin is not None and 0 <= begin < config.vocab_size else ends[0]}
+    # Without one llama.cpp would take token 11; whether it is added to texts is said elsewhere.
+    ids = {"bos": begin if begin is not None else ends[0]}
     # A chat model may stop at more than one token; llama.cpp has three places for them.
     ids |= dict(zip(("eos", "eot", "eom"), ends, strict=False))
     ids |= {"unk": tokenizer.unk_token_id, "pad": tokenizer.pad_token_id}
-    return {name: token for name, token in ids.items() if token is not None}
+    return {name: token for name, token in ids.items() if token is not None and 0 <= token < config.vocab_size}
 
 
 def _added_around(tokenizer: PreTrainedTokenizerBase) -> dict[str, bool]:
@@ -191,6 +195,10 @@ def _added_around(tokenizer: PreTrainedTokenizerBase) -> dict[str, bool]:
     raise NirvanaError(f"the tokenizer makes {full} of the text 'a', which is {bare}; llama.cpp adds bos and eos only")
 
 
-def _notes(added: dict[int, dict[str, Any]]) -> list[str]:
+def _notes(added: dict[int, dict[str, Any]], rows: int) -> Iterator[str]:
+    beyond = [entry["content"] for token, entry in added.items() if token >= rows]
+    if beyond:
+        yield f"left out: {', '.join(map(repr, beyond))}, for which the embeddings have no row"
     odd = [entry["content"] for entry in added.values() if entry["lstrip"] or entry["rstrip"] or entry["single_word"]]
-    return [f"llama.cpp keeps the spaces around {', '.join(map(repr, odd))}, the tokenizer drops them"] if odd else []
+    if odd:
+        yield f"llama.cpp keeps the spaces around {', '.join(map(repr, odd))}, the tokenizer drops them"
