@@ -17,6 +17,7 @@ from nirvana.checkpoint.load import load
 from nirvana.checkpoint.registration import register_pruned_types
 from nirvana.compilation import compile_layers
 from nirvana.errors import NirvanaError
+from nirvana.export import Exported, export
 from nirvana.masking import masked
 from nirvana.plan import PruningPlan
 from nirvana.pruning import PruneResult, prune
@@ -27,6 +28,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "CheckReport",
+    "Exported",
     "NirvanaError",
     "PruneResult",
     "PruningPlan",
@@ -37,6 +39,7 @@ __all__ = [
     "check",
     "compile_layers",
     "describe",
+    "export",
     "load",
     "masked",
     "ops",

@@ -1,4 +1,4 @@
-"""The command line: ``nirvana prune | score | plan | apply | eval | info | check | bench``."""
+"""The command line: ``nirvana prune | score | plan | apply | eval | export | check | info | bench``."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from nirvana import __version__
-from nirvana.commands import apply, bench, check, eval, info, plan, prune, score
+from nirvana.commands import apply, bench, check, eval, export, info, plan, prune, score
 from nirvana.errors import NirvanaError
 from nirvana.models import resolve_device
 from nirvana.ops.backends import choose, use_backend
@@ -24,6 +24,7 @@ COMMANDS = {
     "plan": plan,
     "apply": apply,
     "eval": eval,
+    "export": export,
     "info": info,
     "check": check,
     "bench": bench,

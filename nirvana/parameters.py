@@ -34,6 +34,11 @@ def count_parameters(config: PreTrainedConfig, own_head: bool | None = None) -> 
     return count
 
 
+def parameter_names(config: PreTrainedConfig) -> frozenset[str]:
+    """Names of all weights of the model that `config` describes; a tied one under each of its names."""
+    return frozenset(_on_meta(config).state_dict())
+
+
 def check_tensors(found: Mapping[str, TensorInfo], config: PreTrainedConfig) -> None:
     """Raise NirvanaError, naming the tensor, unless `found` holds every weight of the model in its shape.
 

@@ -26,7 +26,7 @@ class Llama(DecoderFamily):
         if settings["attention_bias"] or settings["mlp_bias"]:
             return None
         shared = {k: v for k, v in settings.items() if k not in ("attention_bias", "mlp_bias", "pretraining_tp")}
-        return MistralConfig(**shared, sliding_window=None)
+        return MistralConfig(**shared | {"sliding_window": None})
 
 
 FAMILY = Llama()

@@ -95,13 +95,24 @@ def write_file(path: str | Path, content: bytes, overwrite: bool = False) -> Non
     """Write a file that appears whole or not at all.
 
     Raises:
+        NirvanaError: as `atomic_file`.
+    """
+    with atomic_file(path, overwrite) as partial:
+        partial.write_bytes(content)
+
+
+@contextlib.contextmanager
+def atomic_file(path: str | Path, overwrite: bool = False) -> Iterator[Path]:
+    """The name of a temporary sibling file that becomes `path` when the body ends, and vanishes if the body fails.
+
+    Raises:
         NirvanaError: as `atomic_directory`.
     """
     path = check_target(path, overwrite)
     partial = _partial_name(path)
     with _parents(path):
         try:
-            partial.write_bytes(content)
+            yield partial
             _sync(partial)
             os.replace(partial, path)
         except OSError as error:
