@@ -166,8 +166,15 @@ def test_a_fault_is_one_line_from_check_and_from_load(cli_here: Cli, folder, fau
     assert line == f"nirvana check: {' '.join(str(error.value).split())}"
 
 
+def test_a_folder_called_demo_is_a_folder(made, tmp_path, monkeypatch):
+    shutil.copytree(made / "small", tmp_path / "demo")
+    monkeypatch.chdir(tmp_path)
+    assert nirvana.check("demo").model_type == "pruned_llama"
+
+
 def test_no_folder_is_refused(cli_here, tmp_path):
-    for name in ("nothing", "demo"):
+    (tmp_path / "file").write_text("")
+    for name in ("nothing", "file"):
         outcome = cli_here("check", tmp_path / name)
         assert (outcome.code, outcome.stdout) == (2, "")
         assert "no folder" in outcome.stderr

@@ -56,7 +56,7 @@ def check(folder: str | Path, *, hashes: bool = False, progress: Progress | None
     """
     if not Path(folder).is_dir():
         raise NirvanaError(f"no folder {folder}; give a checkpoint folder")
-    folder = Path(folder)
+    folder = Path(folder).absolute()  # a folder called "demo" is a folder here
     config = resolve(folder).config()
     verified = verify(folder, config)
     hashed = None
@@ -70,7 +70,7 @@ def check(folder: str | Path, *, hashes: bool = False, progress: Progress | None
     shape = Shape.of(describe(config), code if (folder / code).is_file() else None)
     info = verified.tensors.info()
     return CheckReport(
-        folder.absolute(),
+        folder,
         config.model_type,
         len(info),
         sum(tensor.nbytes for tensor in info.values()),

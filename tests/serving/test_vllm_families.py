@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,16 +11,18 @@ import pytest
 import torch
 from families import LLAMA3_ROPE, build, random_plan, uniform_plan
 from families import _decoder as decoder
-from transformers import LlamaConfig, MistralConfig, PreTrainedConfig, Qwen2Config, Qwen3Config
+from transformers import LlamaConfig, MistralConfig, PreTrainedConfig, PreTrainedModel, Qwen2Config, Qwen3Config
 from vllm_engine import CACHE_BYTES, answers, ask, cache_shapes, class_name, expected_answers
 
 import nirvana
 from nirvana import NirvanaError, PruningPlan
+from nirvana.allocation import make_plan
 
 #: vLLM's CPU attention wants 32 channels a head or a multiple.
 CONFIGS: dict[str, PreTrainedConfig] = {
     "llama": decoder(LlamaConfig, 96, 12, 4, 96, head_dim=32, rope_parameters=LLAMA3_ROPE),
     "llama-biases": decoder(LlamaConfig, 128, 4, 4, 96, attention_bias=True, mlp_bias=True, tie_word_embeddings=True),
+    "llama-parallel": decoder(LlamaConfig, 96, 8, 4, 96, head_dim=32),
     "mistral": decoder(MistralConfig, 96, 9, 3, 96, head_dim=32, sliding_window=8),
     "qwen2": decoder(Qwen2Config, 128, 4, 4, 96),
     "qwen2-windows": decoder(
@@ -57,7 +60,7 @@ def make_case(folder: Path, name: str, plan_of=lambda model: random_plan(model, 
     return Case(folder / "dense", plan, folder / "plan.json", folder / "small")
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", [name for name in CONFIGS if name != "llama-parallel"])
 def test_unequal_layers(tmp_path, name):
     """The checkpoint, without trust_remote_code, and the dense weights with the plan: transformers' own answers."""
     case = make_case(tmp_path, name)
@@ -93,6 +96,37 @@ def test_cache_has_the_heads_that_each_layer_kept(tmp_path):
         block_bytes = sum(heads * tokens * channels * 4 for _, heads, tokens, channels in shapes)
         assert {blocks for blocks, *_ in shapes} == {CACHE_BYTES // block_bytes}
     assert small[0][0] > dense[0][0]
+
+
+def divisible_plan(model: PreTrainedModel) -> PruningPlan:
+    """Unequal widths that two devices can share; the one key/value head of the second layer goes to both."""
+    widths = {"self_attn": (4, 1, 2), "mlp": (96, 32, 64)}
+    kept = {}
+    for block in nirvana.describe(model).blocks:
+        layer, kind = block.name.removeprefix("model.layers.").split(".")
+        kept[block.name] = tuple(range(block.size))[-widths[kind][int(layer)] :]
+    return make_plan(nirvana.describe(model), kept, {})
+
+
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="each of two workers wants a core of its own")
+def test_tensor_parallel(tmp_path, monkeypatch):
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "|".join(map(str, sorted(os.sched_getaffinity(0))[:2])))
+    case = make_case(tmp_path, "llama-parallel", divisible_plan)
+    [(tokens, scores)] = ask(case.dense, answers, **case.load_time, tensor_parallel_size=2)
+    expected_tokens, expected_scores = expected_answers(nirvana.load(case.small))
+    assert tokens == expected_tokens
+    torch.testing.assert_close(scores, expected_scores, rtol=0, atol=1e-5)
+
+
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="each of two workers wants a core of its own")
+def test_layer_that_cannot_be_shared_is_named(tmp_path, monkeypatch, capfd):
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "|".join(map(str, sorted(os.sched_getaffinity(0))[:2])))
+    case = make_case(tmp_path, "llama")
+    with pytest.raises(Exception, match="initialization failed"):
+        ask(case.small, tensor_parallel_size=2)
+    printed = "".join(capfd.readouterr())
+    assert "layer 0 has 12 query heads, 4 key/value heads and 37 neurons" in printed
+    assert "--tensor-parallel-size 2 does not divide; prune with --tensor-parallel 2" in printed
 
 
 def test_compiled(tmp_path):
