@@ -55,7 +55,7 @@ ROPE = {"rope_theta": 10000.0, "factor": 2.0, "original_max_position_embeddings"
 
 #: Configuration, unequal widths, changes to config.json, options, what the line says.
 MODELS = [
-    ("t5", False, {}, (), ("decoder", "t5", "--format onnx")),
+    ("t5", False, {}, (), ("decoder", "t5", "transformers")),
     ("qwen3", True, {}, (), ("Qwen3", "--allocation uniform", "--format onnx")),
     ("qwen3", False, {}, (), ("attention_bias", "--format onnx")),
     ("mistral", True, {}, (), ("8 tokens", "sliding window", "--context-length 8")),

@@ -16,6 +16,7 @@ from transformers import CONFIG_MAPPING, PreTrainedConfig
 
 from nirvana.architectures import Architecture
 from nirvana.architectures.decoder import head_dimension
+from nirvana.errors import NirvanaError
 from nirvana.parameters import auto_class
 
 PARALLEL_SIZES = (2, 4, 8, 16)
@@ -129,6 +130,8 @@ def _transformers_alone(shape: Shape) -> Verdict:
 def _vllm(shape: Shape) -> Verdict:
     if shape.config.is_encoder_decoder:
         return False, "vLLM has no T5"
+    if shape.family == "qwen3" and shape.config.attention_bias:
+        return False, "vLLM's Qwen3 has no bias at the attention output (attention_bias); use --model-impl transformers"
     if shape.unequal:
         return True, "nirvana installed beside vLLM (plugin; no trust_remote_code)"
     if shape.config.model_type == "qwen2" and not shape.heads_fill_hidden:
@@ -162,15 +165,19 @@ def _llama_cpp(shape: Shape) -> Verdict:
     config = shape.config
     if config.is_encoder_decoder:
         return False, "nirvana export writes no GGUF of T5"
-    if shape.family == "qwen3":
-        if shape.unequal and not config.tie_word_embeddings:
-            return False, "GGUF has no unequal Qwen3 with a head of its own; use --allocation uniform"
-        kind = "openelm" if shape.unequal else "qwen3"
-    elif shape.family in ("qwen2", "seed_oss"):
-        kind = "qwen2" if not shape.unequal and shape.heads_fill_hidden else "deci"
-    else:
-        kind = "deci" if shape.unequal else "llama"
-    return True, f"nirvana export --format gguf (architecture {kind}); {_quantised(shape)}"
+    try:
+        from nirvana.export.gguf.architecture import choose_layout, window
+        from nirvana.export.gguf.rope import rope_of
+    except ImportError:
+        return True, "nirvana export --format gguf, which needs pip install 'nirvana[gguf]'"
+    try:
+        layout = choose_layout(config, config.tie_word_embeddings)
+        rope_of(config, layout)
+    except NirvanaError as error:
+        return False, str(error)
+    limit = window(config)
+    short = f" --context-length {limit}" if limit is not None and limit < config.max_position_embeddings else ""
+    return True, f"nirvana export --format gguf{short} (architecture {layout.name}); {_quantised(shape)}"
 
 
 def _quantised(shape: Shape) -> str:
@@ -181,6 +188,8 @@ def _quantised(shape: Shape) -> str:
 
 
 def _onnx(shape: Shape) -> Verdict:
+    if shape.config.is_encoder_decoder:
+        return False, "nirvana export writes no ONNX of T5"
     return True, "nirvana export --format onnx"
 
 

@@ -76,7 +76,9 @@ class Widths:
 def check_family(config: PreTrainedConfig) -> None:
     """Raise NirvanaError unless the model is a decoder."""
     if config.is_encoder_decoder:
-        raise NirvanaError(f"GGUF is written for decoder models, this is {describe(config).name}; use --format onnx")
+        raise NirvanaError(
+            f"GGUF is written for decoder models, not {describe(config).name}; serve it with transformers"
+        )
 
 
 def is_tied(config: PreTrainedConfig, source: TensorSource) -> bool:
