@@ -117,9 +117,13 @@ def _layout(family: str, config: PreTrainedConfig, widths: Widths, tied: bool) -
         return OPENELM
     if not widths.uniform:
         return DECI
-    # llama.cpp's qwen2 takes heads x head_dim for the hidden size, and reads no rope_freqs; its llama reads the biases.
+    if family not in ("qwen2", "seed_oss"):
+        return LLAMA
+    # llama.cpp's qwen2 takes heads x head_dim for the hidden size and reads neither rope_freqs nor other biases than
+    # those of q, k and v; deci does all of it.
     square = widths.heads[0] * head_dimension(config) == config.hidden_size
-    return QWEN2 if family == "qwen2" and square and config.rope_parameters["rope_type"] != "llama3" else LLAMA
+    more_biases = getattr(config, "attention_out_bias", False) or getattr(config, "mlp_bias", False)
+    return QWEN2 if square and not more_biases and config.rope_parameters["rope_type"] != "llama3" else DECI
 
 
 def _refuse_wrong_results(config: PreTrainedConfig, layout: Layout, widths: Widths) -> None:
