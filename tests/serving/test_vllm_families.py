@@ -85,6 +85,18 @@ def test_equal_layers_pruned_at_load(tmp_path, name, groups):
     torch.testing.assert_close(scores, expected_scores, rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize(("name", "groups"), [("llama", 2), ("llama", 3), ("qwen2", 3), ("qwen3", 3)])
+def test_equal_layers_are_a_stock_checkpoint(tmp_path, name, groups):
+    case = make_case(tmp_path, name, lambda model: uniform_plan(model, groups, neurons=64, seed=0))
+    if json.loads((case.small / "config.json").read_text())["model_type"] == "qwen2":
+        pytest.skip("vLLM's own Qwen2 takes head_dim to be hidden_size / heads")
+    runner, (tokens, scores) = ask(case.small, class_name, answers)
+    assert runner.startswith("vllm.model_executor.models.")
+    expected_tokens, expected_scores = expected_answers(nirvana.load(case.small))
+    assert tokens == expected_tokens
+    torch.testing.assert_close(scores, expected_scores, rtol=0, atol=1e-5)
+
+
 def test_cache_has_the_heads_that_each_layer_kept(tmp_path):
     """No padding: the same bytes hold as many more blocks as there are fewer key/value heads."""
     case = make_case(tmp_path, "llama")

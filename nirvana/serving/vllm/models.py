@@ -34,7 +34,7 @@ class PrunedQwen2DecoderLayer(PrunedLlamaDecoderLayer):
 
     def layer_config(self, vllm_config: VllmConfig, prefix: str) -> PreTrainedConfig:
         config = copy.copy(super().layer_config(vllm_config, prefix))
-        config.qkv_bias = True
+        config.attention_bias, config.qkv_bias = False, True  # the first is that of o
         return config
 
 

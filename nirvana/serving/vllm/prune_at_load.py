@@ -19,6 +19,7 @@ from vllm.transformers_utils.config_parser_base import ConfigParserBase
 from nirvana.architectures import describe
 from nirvana.errors import NirvanaError
 from nirvana.plan import PLAN_FILE, PruningPlan
+from nirvana.serving.vllm.plugin import ARCHITECTURES
 from nirvana.slicing import cuts
 
 #: The value of --config-format, and the key in --hf-overrides that names the plan.
@@ -45,8 +46,10 @@ class PruneAtLoadParser(ConfigParserBase):
         plan, architecture = PruningPlan.load(path), describe(dense)
         plan.check_fits(architecture)
         config = architecture.pruned_config(plan.kept)
-        # Equal widths make a stock configuration, whose stock class would not slice.
-        config.architectures = [f"Pruned{config.architectures[0].removeprefix('Pruned')}"]
+        # Of the base's family even where equal widths make a stock configuration: a stock class would not slice.
+        config.architectures = [f"Pruned{architecture.family.model_class}"]
+        if config.architectures[0] not in ARCHITECTURES:
+            raise NirvanaError(f"family {architecture.name!r} cannot be pruned while vLLM loads it; use nirvana apply")
         config.dtype = dense.dtype
         setattr(config, ATTRIBUTE, str(path))
         return config.to_dict(), config
@@ -55,6 +58,6 @@ class PruneAtLoadParser(ConfigParserBase):
 def slice_weights(weights: Iterable[tuple[str, Tensor]], config: PreTrainedConfig) -> Iterator[tuple[str, Tensor]]:
     """The dense tensors cut to what `config` keeps; as they are where it was not made by `PruneAtLoadParser`."""
     path = getattr(config, ATTRIBUTE, None)
-    plan = cuts(describe(config), PruningPlan.load(path), config) if path else {}
+    planned = cuts(describe(config), PruningPlan.load(path), config) if path else {}
     for name, tensor in weights:
-        yield name, plan[name].of(tensor) if name in plan else tensor
+        yield name, planned[name].of(tensor) if name in planned else tensor
