@@ -196,8 +196,8 @@ class Engine(NamedTuple):
     Attributes:
         open: called with the checkpoint and what was exported from it.
         package: what must be importable.
-        limit: largest KL divergence of its next token from that of transformers in fp32, in nats. Two to ten times what
-            is seen; a wrong layer costs whole nats.
+        limit: largest KL divergence of its next token from that of transformers in fp32, in nats. Quantisation to q8_0
+            costs 0.01 in a heavily pruned model of 135M parameters; a wrong layer costs whole nats.
         export: called with the checkpoint and the path to make; None where the checkpoint itself is read.
     """
 
@@ -217,11 +217,11 @@ def _gguf(kind: str) -> Callable[[str, Path], object]:
 
 
 ENGINES = {
-    "transformers, fp32": Engine(Transformers, "transformers", 1e-6),
+    "transformers, fp32": Engine(Transformers, "transformers", 1e-8),
     "llama.cpp, f16": Engine(LlamaCpp, "xllamacpp", 1e-4, _gguf("f16")),
-    "llama.cpp, q8_0": Engine(LlamaCpp, "xllamacpp", 1e-2, _gguf("q8_0")),
-    "ONNX Runtime, fp32": Engine(OnnxRuntime, "onnxruntime", 1e-6, export_onnx),
-    "vLLM, fp32": Engine(Vllm, "vllm", 1e-6),
+    "llama.cpp, q8_0": Engine(LlamaCpp, "xllamacpp", 5e-2, _gguf("q8_0")),
+    "ONNX Runtime, fp32": Engine(OnnxRuntime, "onnxruntime", 1e-8, export_onnx),
+    "vLLM, fp32": Engine(Vllm, "vllm", 1e-8),
 }
 
 
@@ -241,4 +241,6 @@ def divergence(runtime: Runtime, checkpoint: str, prompt: list[int], steps: int)
     model = nirvana.load(checkpoint, dtype="float32", device="cpu")
     logits = model(input_ids=torch.tensor([prompt + tokens]), use_cache=False).logits[0, len(prompt) - 1 : -1]
     expected = logits.double().log_softmax(-1)
-    return float((expected.exp() * (expected - found.double())).sum(-1).max())
+    # Rounded to fp32, probabilities do not quite add up to one, which would be most of the difference.
+    found = found.double().log_softmax(-1)
+    return float((expected.exp() * (expected - found)).sum(-1).max())

@@ -15,6 +15,7 @@ import contextlib
 import multiprocessing
 import statistics
 import subprocess
+import sys
 import tempfile
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import replace
@@ -28,8 +29,8 @@ import transformers
 import nirvana
 from nirvana.benchmarks import harness
 from nirvana.benchmarks.engines import ENGINES, why_not
-from nirvana.benchmarks.harness import Settings
-from nirvana.benchmarks.turns import Elsewhere, Job, Measurement
+from nirvana.benchmarks.harness import Settings, WrongResultError
+from nirvana.benchmarks.turns import Elsewhere, FailedError, Job, Measurement
 from nirvana.calibration import load_batch, read_documents, token_ids
 from nirvana.calibration.corpora import EVALUATION
 from nirvana.errors import NirvanaError
@@ -173,19 +174,24 @@ def run(
         # A text that is in no calibration corpus.
         prompt = token_ids(source.tokenizer(), read_documents(EVALUATION)[0][:20000])[200 : 200 + prompt_tokens]
         files = exports(names, checkpoints, folder, quick)
-        results = {}
+        results, failed = {}, {}
         for name in names:
             if settings.late:
                 break
             jobs = {s: Job(name, path, files.get((name, s)), prompt, steps) for s, path in checkpoints.items()}
-            results[name] = measure(name, jobs, rounds, quick, vllm_python if name == VLLM else None)
+            try:
+                results[name] = measure(name, jobs, rounds, quick, vllm_python if name == VLLM else None)
+            except (FailedError, WrongResultError) as error:
+                # The others are still worth knowing; `main` ends with an error.
+                failed[name] = str(error).splitlines()[-1]
     tables: dict[str, list[dict[str, Any]]] = {f"{model}, widths in multiples of {8 if quick else ALIGN}": sizes}
     tables[f"prompt of {prompt_tokens} tokens, CPU time of dense / pruned"] = _ratios(results, "prefill_ms_per_token")
     tables[f"decoding {steps} tokens, CPU time of dense / pruned"] = _ratios(results, "decode_ms_per_token")
     tables["check: nats from transformers"] = _rows(results, lambda mine, dense: mine["divergence"])
-    tables["not measured"] = [{"runtime": name, "why": why} for name, why in skipped.items()]
+    tables["not measured"] = [{"runtime": name, "why": why} for name, why in (skipped | failed).items()]
     document = harness.document("runtimes", replace(settings, device="cpu", rounds=rounds), [], **tables)
     document["environment"] |= {"threads": 1, "runtimes": _versions(names, vllm_python)}
+    document["failed"] = failed
     # Milliseconds hold for this machine alone: they are kept, not shown.
     document["samples"] = {name: {f"{s:.0%}": mine for s, mine in result.items()} for name, result in results.items()}
     return document
@@ -237,6 +243,8 @@ def main() -> None:
             raise NirvanaError(f"--runtimes {name!r} must be among {'; '.join(ENGINES)}")
     document = run(harness.settings(args), args.model, names, args.work, args.vllm_python)
     harness.finish(document, args.json)
+    if document["failed"]:
+        sys.exit(f"failed: {'; '.join(document['failed'])}")
 
 
 if __name__ == "__main__":

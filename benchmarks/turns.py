@@ -25,6 +25,10 @@ from nirvana.benchmarks.harness import WrongResultError
 CHECKED = 4
 
 
+class FailedError(Exception):
+    """A process has ended before its time; the message ends with what it said last."""
+
+
 @dataclass(frozen=True)
 class Job:
     """What one process measures.
@@ -114,7 +118,7 @@ class Elsewhere:
         if not line:
             self._process.wait()
             self._notes.seek(0)
-            raise RuntimeError(f"{self._name} failed: {self._notes.read()[-2000:]}")
+            raise FailedError(f"{self._name} failed: {self._notes.read()[-2000:].strip()}")
         return json.loads(line)
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from nirvana.benchmarks import engines, report, runtimes
 from nirvana.benchmarks.harness import Settings, WrongResultError
-from nirvana.benchmarks.turns import Elsewhere, Job, Measurement
+from nirvana.benchmarks.turns import Elsewhere, FailedError, Job, Measurement
 from nirvana.errors import NirvanaError
 
 QUICK = Settings("cpu", rounds=2, quick=True)
@@ -36,6 +36,23 @@ def test_a_quick_run(llama_folder):
     assert [row["runtime"] for row in missing] == ["vLLM, fp32"]
     assert len(document["samples"][names[0]]["50%"]["decode_ms_per_token"]) == 2
     assert "runtime" in report.markdown(json.loads(json.dumps(document)))
+
+
+def test_a_runtime_that_fails_does_not_take_the_others_with_it(llama_folder, monkeypatch, capsys):
+    name = "llama.cpp, f16"
+
+    def broken(checkpoint, exported):
+        raise WrongResultError("first line\nno such instruction")
+
+    broken_engine = engines.Engine(broken, "transformers", 1e-8)
+    monkeypatch.setitem(engines.ENGINES, name, broken_engine)
+    arguments = ["--quick", "--model", str(llama_folder), "--runtimes", f"{name}; transformers, fp32"]
+    monkeypatch.setattr("sys.argv", ["runtimes", *arguments, "--device", "cpu"])
+    with pytest.raises(SystemExit, match=f"failed: {name}"):
+        runtimes.main()
+    shown = capsys.readouterr().out
+    assert "no such instruction" in shown
+    assert "transformers, fp32" in shown
 
 
 @pytest.fixture
@@ -76,7 +93,7 @@ def test_a_process_of_its_own_takes_turns(job):
 
 def test_what_a_process_says_before_it_fails_is_told(job):
     way = Elsewhere(Job(**asdict(job) | {"checkpoint": "/nowhere"}))
-    with pytest.raises(RuntimeError, match="no folder /nowhere"):
+    with pytest.raises(FailedError, match="no folder /nowhere"):
         way.wait()
     way.close()
 
