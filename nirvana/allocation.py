@@ -54,7 +54,7 @@ def allocate(
 
     Returns:
         A plan. Ties are broken by position: the unit that stands first in the model goes first. Its settings hold
-        ``kept_saliency``: the fraction of all saliency that stays, and what it were without each restriction.
+        ``kept_saliency``: the fraction of all saliency that stays, and what it were without each restriction asked for.
 
     Raises:
         NirvanaError: an argument is out of range, scores are missing, misshapen or not finite, or no widths are what

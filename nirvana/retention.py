@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import fields, replace
 from functools import cache
 from typing import Any
 
@@ -26,7 +26,7 @@ UNRESTRICTED: dict[str, dict[str, Any]] = {
 def keep_units(
     rule: WidthRule, architecture: Architecture, scores: Mapping[str, Tensor]
 ) -> tuple[Kept, dict[str, Any] | None]:
-    """Which units stay, and what they hold of all saliency, and what would be held without each restriction of `rule`.
+    """Which units stay, what they hold of all saliency, and what would be held without each restriction asked for.
 
     Returns:
         Block name -> sorted indices of the units that stay; and ``{"fraction": 0.913, "without": {"max_widths": 0.92,
@@ -53,19 +53,22 @@ def keep_units(
     total = sum(float(score.double().sum()) for score in scores.values())
     if total <= 0:
         return kept, None
-    restrictions = [name for name, free in UNRESTRICTED.items() if getattr(rule, name) != free[name]]
+    asked = [field.name for field in fields(rule) if getattr(rule, field.name) != field.default]
+    restrictions = [name for name, free in UNRESTRICTED.items() if name in asked and getattr(rule, name) != free[name]]
     without = {name: fraction(choose(replace(rule, **UNRESTRICTED[name]))) for name in restrictions}
     return kept, {"fraction": fraction(kept), "without": without}
 
 
 def kept_saliency_line(settings: Mapping[str, Any]) -> str | None:
-    """In words, e.g. ``kept saliency 91.3 % (92.0 % without --max-widths 8)``; None where a plan does not say."""
+    """What the restrictions that were asked for cost, in words; None where there are none.
+
+    For example ``kept saliency 91.3 % (92.0 % without --max-widths 8)``.
+    """
     measured = settings.get("kept_saliency")
-    if not measured:
+    if not measured or not measured["without"]:
         return None
-    without = [
-        f"{value:.1%} without --{name.replace('_', '-')} {settings[name]}".replace("%", " %", 1)
+    prices = [
+        f"{100 * value:.1f} % without --{name.replace('_', '-')} {settings[name]}"
         for name, value in measured["without"].items()
     ]
-    line = f"kept saliency {measured['fraction']:.1%}".replace("%", " %")
-    return f"{line} ({', '.join(without)})" if without else line
+    return f"kept saliency {100 * measured['fraction']:.1f} % ({', '.join(prices)})"

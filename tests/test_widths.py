@@ -267,9 +267,15 @@ def test_the_price_is_the_difference_to_the_plan_without(name):
     assert free.settings["kept_saliency"]["without"] == {}
 
 
+def test_defaults_have_no_price():
+    settings = allocate(uneven_scores(DEEP, seed=12), DEEP, sparsity=0.4).settings
+    assert settings["align"] == ALIGN
+    assert settings["kept_saliency"]["without"] == {}
+
+
 def test_the_price_in_words():
     settings = {"align": 128, "max_widths": 8, "kept_saliency": {"fraction": 0.9131, "without": {}}}
-    assert kept_saliency_line(settings) == "kept saliency 91.3 %"
+    assert kept_saliency_line(settings) is None  # nothing was asked for
     settings["kept_saliency"]["without"] = {"align": 0.9204, "max_widths": 0.915}
     said = "kept saliency 91.3 % (92.0 % without --align 128, 91.5 % without --max-widths 8)"
     assert kept_saliency_line(settings) == said
