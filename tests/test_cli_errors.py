@@ -204,7 +204,6 @@ def test_scope_with_too_few_parameters(refuse, llama_folder, saliency_file, out)
         (("prune", "demo", "--out", "x"), ("--sparsity", "--help")),
         (("prune", "demo", "--sparsity", "0.3"), ("--out", "--help")),
         (("apply", "demo", "--out", "x"), ("--plan", "--help")),
-        (("info",), ("plan.json", "--help")),
         (("info", "x", "--colour"), ("--colour", "--help")),
         (("info", "x", "two\nlines"), ("--help",)),
     ],
