@@ -10,12 +10,20 @@ from pathlib import Path
 
 import pytest
 from families import CONFIGS, build
+from gguf import GGUFReader
 from llamacpp import LlamaCpp
 from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
 from test_tokenizer_roundtrip import HELD_OUT, TRAINING
 from test_tokenizer_roundtrip import llama as llama_by_bpe
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import AutoTokenizer, LlamaTokenizer, PreTrainedTokenizerFast, Qwen2Tokenizer
+from transformers import (
+    AddedToken,
+    AutoTokenizer,
+    GenerationConfig,
+    LlamaTokenizer,
+    PreTrainedTokenizerFast,
+    Qwen2Tokenizer,
+)
 
 import nirvana
 from nirvana import NirvanaError
@@ -107,7 +115,10 @@ def export(folder: Path, tokenizer, family: str = "llama", **changes) -> nirvana
     """A tiny model with this tokenizer as GGUF."""
     settings = CONFIGS[family].to_dict() | {"vocab_size": ROWS, "max_position_embeddings": 8} | changes
     config = type(CONFIGS[family])(**settings)
-    build(config, seed=0).save_pretrained(folder / "model")
+    model = build(config, seed=0)
+    if (folder / "model" / "generation_config.json").exists():
+        model.generation_config = GenerationConfig.from_pretrained(folder / "model")
+    model.save_pretrained(folder / "model")
     tokenizer.save_pretrained(folder / "model")
     return nirvana.export(folder / "model", "gguf", folder / "model.gguf", type="q8_0")
 
@@ -189,6 +200,37 @@ def test_added_tokens_without_a_row_are_named(tmp_path):
     with LlamaCpp(made.path) as llama:
         assert llama.tokenize("new19", special=False) == [719]
         assert len(llama.tokenize("new20", special=False)) > 1
+
+
+def test_special_tokens_and_templates(tmp_path):
+    tokenizer = byte_level(pre_tokenizers.ByteLevel(add_prefix_space=False))
+    tokenizer.add_tokens([AddedToken("<mask>", lstrip=True, special=True)])
+    tokenizer.chat_template = {"default": "{{ messages[0]['content'] }}", "tool_use": "{{ tools }}"}
+    (tmp_path / "model").mkdir()
+    GenerationConfig(eos_token_id=[3, 2, 700]).save_pretrained(tmp_path / "model")
+    made = export(tmp_path, tokenizer)
+    assert made.notes[0].startswith("llama.cpp keeps the spaces around '<mask>'")
+    reader = GGUFReader(made.path)
+    found = {
+        name.removeprefix("tokenizer."): field.contents()
+        for name, field in reader.fields.items()
+        if name.endswith(("_token_id", "_token")) or "chat_template" in name
+    }
+    assert found == {
+        "ggml.bos_token_id": 1,
+        "ggml.eos_token_id": 2,
+        "ggml.eot_token_id": 3,
+        "ggml.eom_token_id": 700,
+        "ggml.padding_token_id": 0,
+        "ggml.add_bos_token": True,
+        "ggml.add_eos_token": False,
+        "chat_template": "{{ messages[0]['content'] }}",
+        "chat_template.tool_use": "{{ tools }}",
+        "chat_templates": ["tool_use"],
+    }
+    tokens, types = (reader.get_field(f"tokenizer.ggml.{name}").contents() for name in ("tokens", "token_type"))
+    assert (tokens[700], types[700]) == ("<mask>", 3)
+    assert (tokens[719], types[719]) == ("[PAD719]", 5)
 
 
 def test_no_end_token_is_refused(tmp_path):

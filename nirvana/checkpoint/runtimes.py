@@ -166,12 +166,14 @@ def _llama_cpp(shape: Shape) -> Verdict:
     if config.is_encoder_decoder:
         return False, "nirvana export writes no GGUF of T5"
     try:
-        from nirvana.export.gguf.architecture import choose_layout, window
+        from nirvana.export.gguf.architecture import choose_layout
+        from nirvana.export.gguf.limits import refuse_wrong_results, window
         from nirvana.export.gguf.rope import rope_of
     except ImportError:
         return True, "nirvana export --format gguf, which needs pip install 'nirvana[gguf]'"
     try:
         layout = choose_layout(config, config.tie_word_embeddings)
+        refuse_wrong_results(config, layout)
         rope_of(config, layout)
     except NirvanaError as error:
         return False, str(error)

@@ -12,7 +12,8 @@ from nirvana.architectures.decoder import head_dimension
 from nirvana.checkpoint.atomic import atomic_file, check_target
 from nirvana.checkpoint.tensors import CheckpointTensors, ModelTensors, TensorSource
 from nirvana.export import Exported
-from nirvana.export.gguf.architecture import Layout, Widths, check_family, choose_layout, context, is_tied
+from nirvana.export.gguf.architecture import Layout, Widths, choose_layout, is_tied
+from nirvana.export.gguf.limits import check_family, context, refuse_wrong_results
 from nirvana.export.gguf.rope import Rope, rope_of
 from nirvana.export.gguf.tensors import Entry, entries
 from nirvana.export.gguf.tokenizer import vocabulary_of
@@ -58,6 +59,7 @@ def export_gguf(
     tensors = _tensors(model)
     tied = is_tied(config, tensors)
     layout = choose_layout(config, tied)
+    refuse_wrong_results(config, layout)
     rope = rope_of(config, layout)
     vocabulary = vocabulary_of(model.tokenizer(), config, model.generation_config())
     typed = [

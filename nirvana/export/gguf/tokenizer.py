@@ -17,6 +17,7 @@ from transformers import GenerationConfig, PreTrainedConfig, PreTrainedTokenizer
 from nirvana.errors import NirvanaError
 from nirvana.export.gguf import sentencepiece
 from nirvana.export.gguf.pre_tokenizer import pre_tokenizer_name
+from nirvana.export.gguf.special_tokens import added_around, special_tokens
 
 
 @dataclass(frozen=True)
@@ -92,8 +93,8 @@ def vocabulary_of(
     tokens, types = _tokens(model, added, config.vocab_size)
     common = {
         "tokens": tokens,
-        "special": _special(tokenizer, config, generation),
-        "adds": _added_around(tokenizer),
+        "special": special_tokens(tokenizer, config, generation),
+        "adds": added_around(tokenizer),
         "chat_template": tokenizer.chat_template,
         "notes": notes,
     }
@@ -162,37 +163,6 @@ def _refuse_unlike_gpt2(data: dict[str, Any]) -> None:
         raise NirvanaError(
             "the tokenizer is neither byte-level BPE nor of the SentencePiece kind, llama.cpp knows no other"
         )
-
-
-def _special(
-    tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig, generation: GenerationConfig | None
-) -> dict[str, int]:
-    """Ids of the special tokens. llama.cpp takes token 11 for a missing end, so there must be one."""
-    ends = [tokenizer.eos_token_id]
-    for source in (generation, config):
-        value = getattr(source, "eos_token_id", None)
-        ends += value if isinstance(value, list) else [value]
-    ends = list(dict.fromkeys(token for token in ends if token is not None and 0 <= token < config.vocab_size))
-    if not ends:
-        raise NirvanaError("neither tokenizer nor configuration names an end token (eos_token), which llama.cpp needs")
-    begin = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else getattr(config, "bos_token_id", None)
-    # Without one llama.cpp would take token 11; whether it is added to texts is said elsewhere.
-    ids = {"bos": begin if begin is not None else ends[0]}
-    # A chat model may stop at more than one token; llama.cpp has three places for them.
-    ids |= dict(zip(("eos", "eot", "eom"), ends, strict=False))
-    ids |= {"unk": tokenizer.unk_token_id, "pad": tokenizer.pad_token_id}
-    return {name: token for name, token in ids.items() if token is not None and 0 <= token < config.vocab_size}
-
-
-def _added_around(tokenizer: PreTrainedTokenizerBase) -> dict[str, bool]:
-    """Whether the tokenizer puts its begin and end token around a text, seen from what it does."""
-    bare = tokenizer("a", add_special_tokens=False)["input_ids"]
-    full = tokenizer("a")["input_ids"]
-    for begins in (False, True):
-        for ends in (False, True):
-            if full == [tokenizer.bos_token_id] * begins + bare + [tokenizer.eos_token_id] * ends:
-                return {"bos": begins, "eos": ends}
-    raise NirvanaError(f"the tokenizer makes {full} of the text 'a', which is {bare}; llama.cpp adds bos and eos only")
 
 
 def _notes(added: dict[int, dict[str, Any]], rows: int) -> Iterator[str]:
