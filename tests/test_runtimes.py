@@ -6,8 +6,6 @@ import json
 from dataclasses import asdict
 
 import pytest
-import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from nirvana.benchmarks import engines, report, runtimes
 from nirvana.benchmarks.harness import Settings, WrongResultError
@@ -20,24 +18,14 @@ PROMPT = list(range(5, 21))
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-@pytest.fixture
-def one_layer(llama_folder, tokenizer, tmp_path) -> str:
-    """ONNX exports take seconds a layer."""
-    torch.manual_seed(0)
-    config = LlamaConfig.from_pretrained(llama_folder, num_hidden_layers=1)
-    LlamaForCausalLM(config).save_pretrained(tmp_path / "one-layer")
-    tokenizer.save_pretrained(tmp_path / "one-layer")
-    return str(tmp_path / "one-layer")
-
-
-def test_a_quick_run(one_layer):
+def test_a_quick_run(llama_folder):
     pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
     names = ["transformers, fp32", "ONNX Runtime, fp32"]
     if not engines.why_not("llama.cpp, f16"):
         pytest.importorskip("nirvana.export.gguf")
         names += ["llama.cpp, f16", "llama.cpp, q8_0"]
-    document = runtimes.run(QUICK, one_layer, (*names, "vLLM, fp32"))
+    document = runtimes.run(QUICK, str(llama_folder), (*names, "vLLM, fp32"))
     sizes, prefill, decode, check, missing = document["records"].values()
     assert [row["pruned"] for row in sizes] == ["0%", "50%"]
     assert sizes[1]["prunable_parameters"] == pytest.approx(sizes[0]["prunable_parameters"] / 2, rel=0.1)

@@ -102,7 +102,8 @@ def _save(model: onnx_ir.Model, folder: Path) -> None:
 def _save_companions(source: ModelSource, config: object, folder: Path) -> None:
     """Configuration, generation defaults, tokenizer and loop."""
     config = copy.deepcopy(config)
-    # The class file that it names is not here, and there are no weights for it either.
+    # The class file does not come along: there are no weights for it here.
+    config._auto_class = None
     if hasattr(config, "auto_map"):
         del config.auto_map
     config.save_pretrained(folder)
