@@ -69,6 +69,9 @@ class _PerLayerBackbone:
         for layer in self.layers:
             # set_attn_implementation() changes the model's configuration: the layers must read that same object.
             layer.self_attn.config = config
+        # YaRN and dynamic scaling ask the configuration for num_attention_heads, even where head_dim is explicit; any
+        # layer's will do, for head_dim is the same in all.
+        self.rotary_emb.config = config.per_layer_config[0]
         self.post_init()
 
 
