@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import resource
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -50,14 +48,6 @@ def additional_bytes(call: Callable[[], Any], device: str) -> int | None:
     with Peak(device) as peak:
         call()
     return peak.bytes
-
-
-def high_water() -> int:
-    """Most memory that this process has held so far. Not ru_maxrss where it can be helped: on Linux that begins at what
-    the process held from which this one was started."""
-    if sys.platform == "linux":
-        return _status("VmHWM")
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def _status(field: str) -> int:

@@ -30,9 +30,9 @@ import nirvana
 from nirvana.benchmarks import harness
 from nirvana.benchmarks.harness import Settings
 from nirvana.benchmarks.models import random_model
-from nirvana.benchmarks.peak import high_water
 from nirvana.benchmarks.shapes import QUICK
 from nirvana.calibration import load_batch
+from nirvana.evaluation.memory import resident_peak
 from nirvana.models import resolve
 
 ROUNDS = 3
@@ -92,7 +92,7 @@ def once(way: str, model_name: str, examples: int, seq_len: int) -> dict[str, fl
     with tempfile.TemporaryDirectory() as folder, harness.forced(backend):
         result = function(model, tokens, f"{folder}/out")
     result["total"] = sum(result.values())
-    result["peak_bytes"] = high_water()
+    result["peak_bytes"] = resident_peak()
     return result
 
 

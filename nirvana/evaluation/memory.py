@@ -47,7 +47,7 @@ def _measure(model_name: str, tokens: int, dtype: str, device: str) -> int:
     _reset_resident_peak()
     with torch.inference_mode():
         model(**arguments)
-    return torch.cuda.max_memory_allocated() if cuda else _resident_peak()
+    return torch.cuda.max_memory_allocated() if cuda else resident_peak()
 
 
 def _reset_resident_peak() -> None:
@@ -56,7 +56,9 @@ def _reset_resident_peak() -> None:
         Path("/proc/self/clear_refs").write_text("5")
 
 
-def _resident_peak() -> int:
+def resident_peak() -> int:
+    """Most bytes that this process has held. Not ru_maxrss where it can be helped: on Linux that begins at what the
+    process held from which this one was started."""
     status = Path("/proc/self/status")
     if status.is_file():
         for line in status.read_text().splitlines():

@@ -125,11 +125,11 @@ def test_memory_grows_by_the_smaller_model_only(tmp_path):
     make_plan(architecture, kept, {}).save(tmp_path / "plan.json")
     program = """
 import sys, json, nirvana
-from nirvana.evaluation.memory import _reset_resident_peak, _resident_peak
+from nirvana.evaluation.memory import _reset_resident_peak, resident_peak
 _reset_resident_peak()
-before = _resident_peak()
+before = resident_peak()
 model = nirvana.load(sys.argv[1], plan=sys.argv[2])
-print(json.dumps([_resident_peak() - before, sum(p.nbytes for p in model.parameters())]))
+print(json.dumps([resident_peak() - before, sum(p.nbytes for p in model.parameters())]))
 """
     run = subprocess.run(
         [sys.executable, "-c", program, demo, tmp_path / "plan.json"], capture_output=True, text=True, check=True
