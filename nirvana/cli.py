@@ -15,6 +15,7 @@ from typing import NoReturn
 from nirvana import __version__
 from nirvana.commands import apply, bench, check, eval, export, info, plan, prune, score
 from nirvana.errors import NirvanaError
+from nirvana.interruption import interruptions_kept
 from nirvana.models import resolve_device
 from nirvana.ops.backends import choose, use_backend
 
@@ -74,7 +75,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     # A polite kill unwinds like Ctrl-C, so that temporary folders go.
     signal.signal(signal.SIGTERM, _interrupt)
     try:
-        with _backend(args):
+        with interruptions_kept(), _backend(args):
             COMMANDS[args.command].run(args)
         code = 0
     except (NirvanaError, OSError) as error:
