@@ -8,10 +8,9 @@ import re
 from pathlib import Path
 
 import numpy as np
-import pyarrow
-import pyarrow.parquet
 import pytest
 import torch
+from texts import SHARED, document, word_tokenizer, write_parquet, write_texts
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
@@ -19,16 +18,12 @@ from nirvana import NirvanaError
 from nirvana.calibration import load_batch, read_documents, token_ids
 from nirvana.calibration.corpora import BUILT_IN, EVALUATION
 
-C4 = Path(__file__).parents[2] / "shared" / "data" / "c4" / "c4_a_sample1000.jsonl"
+C4 = SHARED / "c4" / "c4_a_sample1000.jsonl"
 
 
 @pytest.fixture(scope="module")
 def words():
-    """Word "d7w3" has the id 703: a window of ids tells document and place."""
-    vocabulary = {f"d{d}w{w}": 100 * d + w for d in range(10) for w in range(100)}
-    tokenizer = Tokenizer(models.WordLevel({**vocabulary, "[UNK]": 1000}, unk_token="[UNK]"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="[UNK]")
+    return word_tokenizer()
 
 
 @pytest.fixture(scope="module")
@@ -51,25 +46,11 @@ def subwords():
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
 
 
-def document(d: int, length: int) -> str:
-    return " ".join(f"d{d}w{w}" for w in range(length))
-
-
-def write_jsonl(path: Path, documents: list[str]) -> Path:
-    path.write_text("".join(json.dumps({"text": text, "url": "x"}) + "\n" for text in documents), encoding="utf-8")
-    return path
-
-
-def write_parquet(path: Path, **columns) -> Path:
-    pyarrow.parquet.write_table(pyarrow.table(columns), path)
-    return path
-
-
 @pytest.fixture
 def six(tmp_path):
     """Documents of 9, 4, 6, 3, 12 and 5 words."""
     lengths = (9, 4, 6, 3, 12, 5)
-    return write_jsonl(tmp_path / "six.jsonl", [document(d, n) for d, n in enumerate(lengths)])
+    return write_texts(tmp_path / "six.jsonl", [document(d, n) for d, n in enumerate(lengths)])
 
 
 # ---- many documents -------------------------------------------------------------------------------------------------
@@ -117,13 +98,13 @@ def test_no_document_is_drawn_twice_and_short_ones_never(six, words, seed):
 
 def test_every_window_of_a_document_can_be_drawn(tmp_path, words):
     """First and last included: 12 words have nine windows of four."""
-    path = write_jsonl(tmp_path / "one.jsonl", [document(4, 12)])
+    path = write_texts(tmp_path / "one.jsonl", [document(4, 12)])
     firsts = {load_batch(path, words, num_examples=1, seq_len=4, seed=seed)[0, 0].item() - 400 for seed in range(200)}
     assert firsts == set(range(9))
 
 
 def test_a_document_of_exactly_one_example_is_long_enough(tmp_path, words):
-    path = write_jsonl(tmp_path / "exact.jsonl", [document(1, 4), document(2, 3)])
+    path = write_texts(tmp_path / "exact.jsonl", [document(1, 4), document(2, 3)])
     assert load_batch(path, words, num_examples=1, seq_len=4, seed=0).tolist() == [[100, 101, 102, 103]]
     with pytest.raises(NirvanaError, match="holds only 0 documents of at least 5 tokens, 2 examples of 5"):
         load_batch(path, words, num_examples=2, seq_len=5)
@@ -159,7 +140,7 @@ def test_these_windows_of_one_text_are_drawn(tmp_path, words):
 
 def test_few_documents_are_joined(tmp_path, words):
     """Fewer documents than examples: one text, in the order of the file."""
-    path = write_jsonl(tmp_path / "two.jsonl", [document(1, 5), document(2, 7)])
+    path = write_texts(tmp_path / "two.jsonl", [document(1, 5), document(2, 7)])
     batch = load_batch(path, words, num_examples=3, seq_len=4, seed=0)
     assert sorted(batch.tolist()) == [[100, 101, 102, 103], [104, 200, 201, 202], [203, 204, 205, 206]]
 

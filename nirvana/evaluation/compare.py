@@ -12,6 +12,7 @@ from nirvana.architectures import describe
 from nirvana.calibration import read_documents
 from nirvana.calibration.batch import check_tokens
 from nirvana.calibration.corpora import EVALUATION
+from nirvana.calibration.rows import Document
 from nirvana.errors import NirvanaError
 from nirvana.evaluation.generation import PROMPT, continue_text
 from nirvana.evaluation.latency import forward_seconds
@@ -40,7 +41,8 @@ def evaluate(
     Args:
         model: Hub id, checkpoint folder, .gguf file or "demo".
         reference: likewise; adds KL(reference || model) and the same figures for the reference.
-        text: corpus name or file; None is the built-in held-out text (two novels that no calibration corpus holds).
+        text: corpus name (its test or validation split) or file, see `nirvana.calibration.read_documents`; None is the
+            built-in held-out text (two novels that no calibration corpus holds).
         window: tokens per window. An encoder-decoder reads the first half of it and predicts the second.
         stride: tokens by which windows move on; None is `window`, no overlap.
         max_windows: evenly spaced windows to use; None is all.
@@ -106,10 +108,12 @@ def evaluate(
     return {"text": about, "model": results[0], "reference": results[1] if len(results) > 1 else None}
 
 
-def check_evaluation(text: str | Path | None, window: int, stride: int | None, max_windows: int | None) -> list[str]:
+def check_evaluation(
+    text: str | Path | None, window: int, stride: int | None, max_windows: int | None
+) -> list[Document]:
     """The documents to evaluate on. Raises NirvanaError for what `evaluate` would refuse without opening a model."""
     check_windows(window, window if stride is None else stride, max_windows)
-    return read_documents(EVALUATION if text is None else text)
+    return read_documents(EVALUATION if text is None else text, held_out=True)
 
 
 def _sizes(model: PreTrainedModel) -> dict[str, int]:

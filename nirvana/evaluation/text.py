@@ -13,6 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from nirvana.architectures.inputs import IGNORE, model_inputs
 from nirvana.calibration import token_ids
+from nirvana.calibration.rows import Document
 from nirvana.diagnosis import why_not_finite
 from nirvana.errors import NirvanaError
 from nirvana.ops import kl_divergence
@@ -51,7 +52,7 @@ def check_windows(window: int, stride: int, limit: int | None) -> None:
 
 
 def text_windows(
-    tokenizer: PreTrainedTokenizerBase, documents: list[str], window: int, stride: int, limit: int | None
+    tokenizer: PreTrainedTokenizerBase, documents: list[Document], window: int, stride: int, limit: int | None
 ) -> list[Tensor]:
     """Windows of `window` tokens, `stride` apart, over the joined documents; `limit` of them, evenly spaced.
 
