@@ -1,4 +1,4 @@
-"""Replace a module's forward for a while."""
+"""Change a model for a while."""
 
 from __future__ import annotations
 
@@ -20,3 +20,15 @@ def forward_replaced(module: nn.Module, wrap: Callable[[Callable], Callable]) ->
             del module.forward
         else:
             module.forward = own
+
+
+@contextlib.contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Inside, dropout is off; afterwards each module is in the mode that it was in."""
+    training = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in training.items():
+            module.training = mode

@@ -1,0 +1,118 @@
+"""Backward passes of an objective over a calibration batch, and the state that a model is in meanwhile."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from nirvana.architectures.inputs import IGNORE, ModelInputs, model_inputs
+from nirvana.calibration.batch import check_tokens
+from nirvana.diagnosis import faulty_parameter, why_not_finite
+from nirvana.errors import NirvanaError
+from nirvana.patching import evaluation_mode, forward_replaced
+from nirvana.saliency.objectives import OBJECTIVES, Head, Objective, Totals
+
+
+def check_request(model: PreTrainedModel, objective: str, tokens: Tensor, micro_batch: int | None) -> None:
+    """Raise NirvanaError unless there is such an objective and the batch is one for this model."""
+    if objective not in OBJECTIVES:
+        raise NirvanaError(f"--objective {objective!r} is unknown; known are {', '.join(OBJECTIVES)}")
+    if micro_batch is not None and micro_batch < 1:
+        raise NirvanaError(f"--micro-batch {micro_batch} must be at least 1")
+    check_tokens(tokens, model.config)
+
+
+def backward_passes(
+    model: PreTrainedModel,
+    objective: Objective,
+    tokens: Tensor,
+    attention_mask: Tensor | None,
+    micro_batch: int | None,
+) -> Iterator[Callable[[], float]]:
+    """One call for each micro-batch: a forward and a backward pass, which returns its share of the objective.
+
+    Args:
+        tokens: int64 ``[examples, tokens]``.
+        attention_mask: ``[examples, tokens]`` or None.
+        micro_batch: examples per pass; None takes all at once.
+
+    Raises:
+        NirvanaError: an example has nothing to predict, or something is not finite; the message names the parameter.
+    """
+    step = micro_batch or len(tokens)
+    totals = _totals(model, tokens, attention_mask)
+    for start in range(0, len(tokens), step):
+        mask = None if attention_mask is None else attention_mask[start : start + step]
+        inputs = model_inputs(model, tokens[start : start + step], mask)
+        yield functools.partial(_backward, model, objective, inputs, totals)
+
+
+def _backward(model: PreTrainedModel, objective: Objective, inputs: ModelInputs, totals: Totals) -> float:
+    """One forward and backward pass. The vocabulary head runs inside the objective, in chunks."""
+    head = model.get_output_embeddings()
+    # The head hands its input on: the model then returns hidden states, scaled as its family scales them.
+    with forward_replaced(head, lambda forward: lambda hidden: hidden), torch.enable_grad():
+        hidden = model(**inputs.arguments).logits
+    if not torch.isfinite(hidden).all():
+        raise NirvanaError(why_not_finite(model))
+    with torch.no_grad():
+        value, gradient = objective(
+            Head(head.weight.detach(), None if getattr(head, "bias", None) is None else head.bias.detach()),
+            hidden.detach().float(),
+            inputs.targets,
+            inputs.valid,
+            totals,
+        )
+    if not torch.isfinite(gradient).all() and (fault := faulty_parameter(model)):
+        raise NirvanaError(fault)  # else the first gradient that is not finite is named
+    hidden.backward(gradient.to(hidden.dtype))
+    return float(value)
+
+
+def _totals(model: PreTrainedModel, tokens: Tensor, attention_mask: Tensor | None) -> Totals:
+    inputs = model_inputs(model, tokens, attention_mask)
+    targets = int((inputs.targets != IGNORE).sum())
+    if targets == 0 or not bool(inputs.valid.any(dim=1).all()):
+        raise NirvanaError("an example of the calibration batch holds no token to predict; give longer examples")
+    return Totals(len(tokens), targets)
+
+
+@contextlib.contextmanager
+def only_these_learn(model: nn.Module, parameters: dict[str, nn.Parameter]) -> Iterator[None]:
+    """Gradients for the prunable weights alone (never embeddings, norms, head); dropout off; all restored after."""
+    learned = {p: p.requires_grad for p in model.parameters()}
+    gradients = {p: p.grad for p in parameters.values()}
+    chosen = set(parameters.values())
+    for parameter in learned:
+        parameter.requires_grad_(parameter in chosen)
+    for parameter in chosen:
+        parameter.grad = None
+    try:
+        with evaluation_mode(model):
+            yield
+    finally:
+        for parameter, flag in learned.items():
+            parameter.requires_grad_(flag)
+        for parameter, gradient in gradients.items():
+            parameter.grad = gradient
+
+
+@contextlib.contextmanager
+def layers_checkpointed(model: nn.Module) -> Iterator[None]:
+    """Each layer keeps its input only and is run again when its gradients are due.
+
+    transformers' own switch works in training mode alone, where dropout would be on.
+    """
+    with contextlib.ExitStack() as stack:
+        for module in model.modules():
+            if isinstance(module, GradientCheckpointingLayer):
+                rerun = functools.partial(functools.partial, checkpoint, use_reentrant=False)
+                stack.enter_context(forward_replaced(module, rerun))
+        yield

@@ -1,0 +1,128 @@
+"""`score`: which criterion and objective, checked, and the walk that they need."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from nirvana.architectures import Architecture, Slice, describe
+from nirvana.diagnosis import faulty_parameter
+from nirvana.errors import NirvanaError
+from nirvana.saliency.combination import combine
+from nirvana.saliency.criteria import CRITERIA, RANDOM, MaskCriterion
+from nirvana.saliency.masks import walk_masks
+from nirvana.saliency.objectives import OBJECTIVES
+from nirvana.saliency.passes import check_request
+from nirvana.saliency.scores import Saliency
+from nirvana.saliency.steps import rescaled
+from nirvana.saliency.walk import walk
+
+CRITERION_NAMES = (*CRITERIA, RANDOM)
+
+
+def needs_calibration(criterion: str) -> bool:
+    """Whether the criterion, or one of "a+b", differentiates an objective and so needs a calibration batch."""
+    return any(name in CRITERIA and CRITERIA[name].objective for name in criterion.split("+"))
+
+
+def score(
+    model: PreTrainedModel,
+    tokens: Tensor | None = None,
+    *,
+    criterion: str = "nirvana",
+    objective: str | None = None,
+    attention_mask: Tensor | None = None,
+    micro_batch: int | None = None,
+    seed: int = 0,
+    progress: Callable[[], None] = lambda: None,
+) -> Saliency:
+    """Score every unit of every block of `model`.
+
+    m_nj below is the derivative of the objective, a mean over the whole batch, by a mask on unit j in example n alone:
+    with N examples, 1/N of the derivative of what is the example's own.
+
+    Args:
+        model: a supported model with its language-model head, in any floating-point type, on any device. It is left
+            as it was found.
+        tokens: calibration batch, int64 ``[examples, tokens]``. Not needed by "magnitude" and "random".
+        criterion: "nirvana" (sum of |gradient x weight|), "mask-fisher" (sum over examples of m_nj^2), "mask-abs" (sum
+            over examples of |m_nj|), "magnitude" (sum of |weight|) or "random"; or several, as "nirvana+mask-fisher":
+            the mean of their ranks (`combine`).
+        objective: the scalar that is differentiated: "max-logit" (as published) or "nll". None takes the criterion's
+            own: max-logit for nirvana, nll for mask-fisher and mask-abs.
+        attention_mask: ``[examples, tokens]``, 0 where a short example is padded; padding counts for nothing.
+        micro_batch: examples per forward pass. Same scores. nirvana takes all at once unless told, and pays an fp32
+            buffer the size of the prunable weights for more passes; mask-fisher and mask-abs pay nothing and take 512
+            tokens at a time.
+        seed: of the "random" criterion.
+        progress: called as often as the model has tensors that are scored.
+
+    Returns:
+        Block name -> fp32 ``[units]`` on the CPU, larger = keep.
+
+    Raises:
+        NirvanaError: unknown names, token ids beyond the vocabulary, or NaN and infinity in weights or gradients.
+    """
+    names = criterion.split("+")
+    if not all(name in CRITERION_NAMES for name in names) or len(set(names)) < len(names):
+        known = f"known are {', '.join(CRITERION_NAMES)}, and several of them as a+b"
+        raise NirvanaError(f"--criterion {criterion!r} is unknown; {known}")
+    architecture = describe(model)
+    if len(names) > 1:
+        options = {"objective": objective, "attention_mask": attention_mask, "micro_batch": micro_batch, "seed": seed}
+        share = rescaled(progress, len(names), 1)
+        parts = [score(model, tokens, criterion=name, progress=share, **options) for name in names]
+        combined = combine(parts, how="rank-mean", model=architecture)
+        return Saliency(combined, {"criterion": criterion, **combined.settings})
+    if criterion == RANDOM:
+        return _random(architecture, seed)
+    rule = CRITERIA[criterion]
+    scores = {block.name: torch.zeros(block.size, device=model.device) for block in architecture.blocks}
+    settings: dict[str, Any] = {"criterion": criterion}
+
+    def reduce_weight(block: str, part: Slice, weight: Tensor, gradient: Tensor | None) -> None:
+        rule.add(weight, gradient, part, scores[block])
+        check(block, part.tensor)
+
+    def reduce_masks(block: str, masks: Tensor) -> None:
+        rule.add(masks, scores[block])
+        check(block, f"a mask on {block}")
+
+    def check(block: str, what: str) -> None:
+        if not torch.isfinite(scores[block]).all():
+            # Only when something is wrong are all parameters searched: NaN in one shows up in the gradients of others.
+            fault = f"the gradient of {what} holds NaN or infinity in {model.dtype}; use --dtype float32"
+            raise NirvanaError(faulty_parameter(model) or fault)
+
+    if not rule.objective:
+        for block in architecture.blocks:
+            for part in block.slices:
+                if part.scored:
+                    reduce_weight(block.name, part, model.get_parameter(part.tensor).detach(), None)
+                    progress()
+        return Saliency({name: values.cpu() for name, values in scores.items()}, settings)
+    objective = rule.objective if objective is None else objective
+    if tokens is None:
+        raise NirvanaError(f"criterion {criterion!r} needs a calibration batch")
+    check_request(model, objective, tokens, micro_batch)
+    settings |= {
+        "objective": objective,
+        "calibration_shape": list(tokens.shape),
+        "calibration_sha256": hashlib.sha256(tokens.cpu().contiguous().numpy().tobytes()).hexdigest(),
+    }
+    way, reduce = (walk_masks, reduce_masks) if isinstance(rule, MaskCriterion) else (walk, reduce_weight)
+    way(model, architecture, OBJECTIVES[objective], tokens, attention_mask, micro_batch, reduce, progress)
+    return Saliency({name: values.cpu() for name, values in scores.items()}, settings)
+
+
+def _random(architecture: Architecture, seed: int) -> Saliency:
+    if not 0 <= seed < 2**63:
+        raise NirvanaError(f"--seed {seed} must be at least 0 and below 2^63")
+    generator = torch.Generator().manual_seed(seed)
+    scores = {block.name: torch.rand(block.size, generator=generator) for block in architecture.blocks}
+    return Saliency(scores, {"criterion": RANDOM, "seed": seed})
