@@ -27,7 +27,7 @@ def allocate(
     model: nn.Module | PreTrainedConfig | Architecture,
     *,
     sparsity: float,
-    gamma: float = 3.36,
+    gamma: float | Mapping[str, float] = 3.36,
     rounding: str = "budget",
     align: int = 8,
     scope: str = "both",
@@ -41,7 +41,9 @@ def allocate(
         scores: block name -> fp32 ``[units]``, larger = keep (see `nirvana.score`).
         model: the model, or only its configuration.
         sparsity: fraction of the prunable parameters (attention + MLP matrices) to remove, above 0 and below 1.
-        gamma: MLP pruning rate / attention pruning rate. 3.36 is the published value for Llama-3.1-8B.
+        gamma: MLP pruning rate / attention pruning rate. 3.36 is the published value for Llama-3.1-8B. For an
+            encoder-decoder also ``{"encoder": 3, "decoder": 2, "cross": 1.5}``: the kinds of attention are then ranked
+            apart, each pruned at the MLPs' rate / its gamma (MLPs of both stacks share one rate and one ranking).
         rounding: ``"budget"`` moves the MLP threshold until the removed parameters meet `sparsity` as closely as the
             alignment allows; ``"up"`` (as published) spares neurons until widths are aligned and so removes less.
         align: kept MLP widths are multiples of this. A block that loses nothing keeps its width.

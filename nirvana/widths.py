@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from nirvana.errors import NirvanaError
+from nirvana.gammas import attention_kinds, check_gamma
 from nirvana.quantise import quantise
+from nirvana.rates import Rates, split_by_kind, split_sparsity
 from nirvana.removal import Removal
 
 SCOPES = ("both", "attention", "mlp")
@@ -15,6 +18,9 @@ ALLOCATIONS = ("global", "uniform")
 
 #: Kept groups per attention block and kept neurons per MLP, in model order.
 Widths = tuple[list[int], list[int]]
+
+#: Attention blocks that are ranked together, and the fraction of their units that goes.
+Share = tuple[Removal, float]
 
 
 @dataclass(frozen=True)
@@ -26,7 +32,7 @@ class WidthRule:
     """
 
     sparsity: float
-    gamma: float = 3.36
+    gamma: float | Mapping[str, float] = 3.36
     rounding: str = "budget"
     align: int = 8
     scope: str = "both"
@@ -37,8 +43,11 @@ class WidthRule:
     def __post_init__(self):
         if not 0 < self.sparsity < 1:  # False for nan as well
             raise NirvanaError(f"--sparsity {self.sparsity} must be above 0 and below 1, e.g. 0.2 to remove 20 %")
-        if not 0 < self.gamma < math.inf:
-            raise NirvanaError(f"--gamma {self.gamma} must be a positive number; the published value is 3.36")
+        if isinstance(self.gamma, str):
+            raise NirvanaError(
+                f"--gamma {self.gamma} needs the model's weights: prune and select search it; give a number here"
+            )
+        object.__setattr__(self, "gamma", check_gamma(self.gamma))
         if self.align < 1:
             raise NirvanaError(f"--align {self.align} must be at least 1; 8 suits tensor cores")
         if self.max_widths is not None and self.max_widths < 1:
@@ -48,49 +57,8 @@ class WidthRule:
         for name, allowed in (("rounding", ROUNDINGS), ("scope", SCOPES), ("allocation", ALLOCATIONS)):
             if getattr(self, name) not in allowed:
                 raise NirvanaError(f"--{name} {getattr(self, name)!r} must be one of {', '.join(allowed)}")
-
-
-@dataclass(frozen=True)
-class Rates:
-    """Pruning rates per kind: removed fraction of the attention parameters and of the MLP parameters."""
-
-    attention: float
-    mlp: float
-
-
-def split_sparsity(attention: int, mlp: int, sparsity: float, gamma: float, scope: str = "both") -> Rates:
-    """Divide what is removed between the kinds: rate_attn = p (A + M) / (A + gamma M), rate_mlp = gamma rate_attn.
-
-    Args:
-        attention: prunable attention parameters A of the model; only the ratio to `mlp` matters.
-        mlp: prunable MLP parameters M.
-        sparsity: p, the removed fraction of A + M, whatever the scope: equal sparsity is equal size.
-        gamma: MLP pruning rate / attention pruning rate.
-        scope: "both", or the only kind that is pruned.
-
-    Returns:
-        The rates. One above 1 is clamped and the rest moved to the other kind.
-
-    Raises:
-        NirvanaError: the scope holds fewer parameters than are to be removed.
-    """
-    removed = sparsity * (attention + mlp)
-    if scope != "both":
-        share = attention if scope == "attention" else mlp
-        if removed > share:
-            raise NirvanaError(
-                f"--sparsity {sparsity:g} of all prunable parameters exceeds the {scope} share of "
-                f"{share / (attention + mlp):.1%}; lower it or use --scope both"
-            )
-        rate = removed / share
-        return Rates(rate, 0.0) if scope == "attention" else Rates(0.0, rate)
-    rate_attention = removed / (attention + gamma * mlp)
-    rate_mlp = gamma * rate_attention
-    if rate_mlp > 1:
-        return Rates((removed - mlp) / attention, 1.0)
-    if rate_attention > 1:
-        return Rates(1.0, (removed - attention) / mlp)
-    return Rates(rate_attention, rate_mlp)
+        if isinstance(self.gamma, Mapping) and self.allocation != "global":
+            raise NirvanaError(f"--gamma per kind gives unequal layers: not with --allocation {self.allocation}")
 
 
 def choose_widths(rule: WidthRule, attention: Removal, mlp: Removal) -> Widths:
@@ -101,14 +69,14 @@ def choose_widths(rule: WidthRule, attention: Removal, mlp: Removal) -> Widths:
     """
     for kind, name in ((attention, "attention"), (mlp, "mlp")):
         kind.check_divisible(pruned=rule.scope in ("both", name))
-    rates = split_sparsity(attention.parameters, mlp.parameters, rule.sparsity, rule.gamma, rule.scope)
     target = rule.sparsity * (attention.parameters + mlp.parameters)
+    shares, rates = _shares(rule, attention, mlp)
     if rule.allocation == "uniform":
         groups, neurons = _uniform(rule, attention, mlp, rates, target)
         if rule.max_widths is not None and len(set(zip(groups, neurons))) > rule.max_widths:  # noqa: B905 (T5)
             raise NirvanaError("--max-widths: the layers are unequal already; use --allocation global")
         return groups, neurons
-    groups, neurons = _global(rule, attention, mlp, rates, target)
+    groups, neurons = _global(rule, attention, mlp, shares, rates.mlp, target)
     if rule.max_widths is None or len(set(zip(groups, neurons))) <= rule.max_widths:  # noqa: B905 (T5)
         return groups, neurons
     if rule.rounding == "up":  # which removes less than asked
@@ -116,30 +84,68 @@ def choose_widths(rule: WidthRule, attention: Removal, mlp: Removal) -> Widths:
     return quantise(attention, mlp, groups, target, rule.align, rule.max_widths, rule.scope)
 
 
-def _global(rule: WidthRule, attention: Removal, mlp: Removal, rates: Rates, target: float) -> Widths:
+def _shares(rule: WidthRule, attention: Removal, mlp: Removal) -> tuple[list[Share], Rates]:
+    """What is ranked together in attention, each with its rate: all of it, or with gamma per kind each kind."""
+    if not isinstance(rule.gamma, Mapping):
+        rates = split_sparsity(attention.parameters, mlp.parameters, rule.sparsity, rule.gamma, rule.scope)
+        return [(attention, rates.attention)], rates
+    kinds = attention_kinds(attention)
+    # Of both kinds or of one, as the scope says; this is what refuses a scope that is too small.
+    rates = split_sparsity(attention.parameters, mlp.parameters, rule.sparsity, 1.0, rule.scope)
+    sizes = {name: kind.parameters for name, kind in kinds.items() if rule.scope != "mlp"}
+    sizes |= {"mlp": mlp.parameters} if rule.scope != "attention" else {}
+    split = split_by_kind(sizes, rule.gamma, rule.sparsity * (attention.parameters + mlp.parameters))
+    shares = [(kind, split.get(name, 0.0)) for name, kind in kinds.items()]
+    return shares, Rates(rates.attention, split.get("mlp", 0.0))
+
+
+def _global(
+    rule: WidthRule, attention: Removal, mlp: Removal, shares: Sequence[Share], rate_mlp: float, target: float
+) -> Widths:
     """Units of all layers are ranked together."""
+
+    def join(choose: Callable[[Removal, float, int], list[int]], counts: Sequence[int]) -> list[int]:
+        widths: dict[str, int] = {}
+        for (kind, rate), count in zip(shares, counts, strict=True):
+            widths |= zip((block.name for block in kind.blocks), choose(kind, rate, count), strict=True)
+        return [widths[block.name] for block in attention.blocks]
+
+    def lowest(kind: Removal, rate: float, count: int) -> list[int]:
+        return kind.lowest(count)
+
+    def lowest_aligned(kind: Removal, rate: float, count: int) -> list[int]:
+        return kind.lowest_aligned(count, 1)
+
+    def nearest(kind: Removal, rate: float, count: int) -> list[int]:
+        return kind.nearest(rate * kind.parameters, 1)
+
     # The counts are whole units below the rate, as published; the guard absorbs a product landing at 34.999...
-    count = math.floor(rates.attention * attention.units + 1e-9)
+    counts = [math.floor(rate * kind.units + 1e-9) for kind, rate in shares]
     if rule.rounding == "up":
         # As published: a unit that is spared is not made up for by another.
-        neurons = math.floor(rates.mlp * mlp.units + 1e-9)
-        groups = attention.sizes if rule.scope == "mlp" else attention.lowest_aligned(count, 1)
+        neurons = math.floor(rate_mlp * mlp.units + 1e-9)
+        groups = attention.sizes if rule.scope == "mlp" else join(lowest_aligned, counts)
         return groups, mlp.sizes if rule.scope == "attention" else mlp.lowest_aligned(neurons, rule.align)
     if rule.scope == "mlp":
         return attention.sizes, mlp.nearest(target, rule.align)
-    if attention.divisor > 1:
-        groups = attention.nearest(rates.attention * attention.parameters, 1)
-    else:
-        groups = attention.lowest(count)
+    groups = join(nearest if attention.divisor > 1 else lowest, counts)
     if rule.scope == "attention":
-        # Whole groups are coarse: take the neighbour if it lies nearer to the target.
-        choices = [groups] if attention.divisor > 1 else [groups, attention.lowest(count + 1)]
+        # Whole groups are coarse: take one more, of the kind that lost most to rounding, where that is nearer.
+        choices = [groups]
+        lost = [rate * kind.units - count for (kind, rate), count in zip(shares, counts, strict=True)]
+        for kind in sorted(range(len(lost)), key=lambda kind: -lost[kind]) if attention.divisor == 1 else ():
+            counts[kind] += 1
+            choices.append(join(lowest, counts))
         return min(choices, key=lambda widths: abs(attention.removed(widths) - target)), mlp.sizes
     # The MLP cannot give everything (each block keeps `align` neurons): attention then gives the rest.
     reachable = mlp.removed(mlp.lowest_aligned(mlp.units, rule.align))
-    while attention.removed(groups) + reachable < target and count < attention.units:
-        count += 1
-        groups = attention.lowest_aligned(count, 1) if attention.divisor > 1 else attention.lowest(count)
+    while attention.removed(groups) + reachable < target:
+        left = [index for index, (kind, _) in enumerate(shares) if counts[index] < kind.units]
+        if not left:
+            break
+        # The kind that is least far on its way.
+        counts[min(left, key=lambda index: counts[index] / (shares[index][1] * shares[index][0].units))] += 1
+        groups = join(lowest_aligned if attention.divisor > 1 else lowest, counts)
     return groups, mlp.nearest(target - attention.removed(groups), rule.align)
 
 

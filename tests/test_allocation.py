@@ -12,7 +12,7 @@ from transformers import LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config, S
 
 from nirvana import NirvanaError, Saliency, allocate, describe
 from nirvana.parameters import auto_class
-from nirvana.widths import split_sparsity
+from nirvana.rates import split_sparsity
 
 FIXED = settings(derandomize=True, deadline=None, max_examples=150, database=None)
 

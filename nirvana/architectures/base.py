@@ -50,6 +50,7 @@ class Block:
         channels: channels of that input per unit.
         shares_selection_with: blocks with the same non-empty label must keep the same units in a stock checkpoint,
             because one tensor serves them all (T5's relative-position bias).
+        attention_kind: "encoder", "decoder" (self-attention) or "cross" in an encoder-decoder; empty elsewhere.
     """
 
     name: str
@@ -59,6 +60,7 @@ class Block:
     output: str
     channels: int
     shares_selection_with: str = ""
+    attention_kind: str = ""
 
     @property
     def parameters_per_unit(self) -> int:

@@ -27,7 +27,7 @@ class T5(Family):
                 blocks.append(_self_attention(config, layer, stack, index))
                 if stack == "decoder":
                     heads = getattr(layer, "cross_num_heads", layer.num_heads)
-                    blocks.append(_attention(config, f"{prefix}.1.EncDecAttention", heads))
+                    blocks.append(_attention(config, f"{prefix}.1.EncDecAttention", heads, "cross"))
                 blocks.append(_mlp(config, f"{prefix}.{1 if stack == 'encoder' else 2}.DenseReluDense", layer.d_ff))
         return tuple(blocks)
 
@@ -66,10 +66,10 @@ def _layer_config(config: PreTrainedConfig, stack: str, index: int) -> PreTraine
     return config.layer_config(stack, index) if _is_pruned(config) else config
 
 
-def _attention(config: PreTrainedConfig, name: str, heads: int, *more: Slice, label: str = "") -> Block:
+def _attention(config: PreTrainedConfig, name: str, heads: int, kind: str, *more: Slice, label: str = "") -> Block:
     slices = [Slice(f"{name}.{part}.weight", 0, config.d_kv, config.d_model) for part in "qkv"]
     slices.append(Slice(f"{name}.o.weight", 1, config.d_kv, config.d_model))
-    return Block(name, KV_GROUP, heads, (*slices, *more), f"{name}.o", config.d_kv, label)
+    return Block(name, KV_GROUP, heads, (*slices, *more), f"{name}.o", config.d_kv, label, kind)
 
 
 def _self_attention(config: PreTrainedConfig, layer: PreTrainedConfig, stack: str, index: int) -> Block:
@@ -80,7 +80,7 @@ def _self_attention(config: PreTrainedConfig, layer: PreTrainedConfig, stack: st
     if not _is_pruned(config):
         source = f"{stack}.block.0.layer.0.SelfAttention.relative_attention_bias.weight"
     bias = Slice(table, 1, 1, config.relative_attention_num_buckets, source=source, scored=False)
-    return _attention(config, name, layer.num_heads, bias, label=f"{stack} position bias")
+    return _attention(config, name, layer.num_heads, stack, bias, label=f"{stack} position bias")
 
 
 def _mlp(config: PreTrainedConfig, name: str, width: int) -> Block:
