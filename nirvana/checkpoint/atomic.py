@@ -12,7 +12,8 @@ from pathlib import Path
 
 from nirvana.errors import NirvanaError
 
-#: A folder with a config.json and one of these is a model.
+#: A folder with a config.json (a selection.json) and one of these is a model (what 'nirvana select' wrote).
+MARKERS = ("config.json", "selection.json")
 WEIGHT_SUFFIXES = (".safetensors", ".onnx")
 
 
@@ -41,13 +42,14 @@ def check_target(path: str | Path, overwrite: bool, directory: bool = False) -> 
 
 
 def _is_replaceable(path: Path) -> bool:
-    """An empty folder, a checkpoint or an export: --overwrite must never delete a home folder given by mistake."""
+    """An empty folder or what nirvana wrote: --overwrite must never delete a home folder given by mistake."""
     if path.is_symlink() or not path.is_dir():
         return False
     content = list(path.iterdir())
     if any(entry.is_dir() for entry in content):
         return False
-    return not content or ((path / "config.json").is_file() and any(e.suffix in WEIGHT_SUFFIXES for e in content))
+    marked = any((path / marker).is_file() for marker in MARKERS)
+    return not content or (marked and any(entry.suffix in WEIGHT_SUFFIXES for entry in content))
 
 
 @contextlib.contextmanager

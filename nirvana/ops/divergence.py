@@ -54,7 +54,8 @@ def linear_kl_divergence(
 
     Args:
         hidden_p, hidden_q: ``[..., features]`` inputs of the two heads; the features may differ in number.
-        weight_p, weight_q: ``[vocabulary, features]`` weights of the heads, of the type of the hidden states.
+        weight_p, weight_q: ``[vocabulary, features]`` weights of the heads, of the type of the hidden states; of any
+            floating-point type where those are fp32: a chunk at a time is then converted.
         bias_p, bias_q: ``[vocabulary]`` or None.
         chunk: words at a time. Bits depend on it, because the matrix product's do.
 
@@ -64,13 +65,34 @@ def linear_kl_divergence(
     Raises:
         ValueError: shapes or types do not fit.
     """
+    state = linear_divergence_state(hidden_p, weight_p, hidden_q, weight_q, bias_p=bias_p, bias_q=bias_q, chunk=chunk)
+    return finish(state).view(hidden_p.shape[:-1])
+
+
+def linear_divergence_state(
+    hidden_p: Tensor,
+    weight_p: Tensor,
+    hidden_q: Tensor,
+    weight_q: Tensor,
+    *,
+    bias_p: Tensor | None = None,
+    bias_q: Tensor | None = None,
+    chunk: int = CHUNK,
+) -> Tensor:
+    """What `finish` makes the divergence of, for whoever wants the normaliser of q as well (see `log_normaliser`).
+
+    Arguments and errors are those of `linear_kl_divergence`.
+
+    Returns:
+        fp64 ``[5, tokens]``, see `merge`.
+    """
     for name, hidden, weight, bias in (("p", hidden_p, weight_p, bias_p), ("q", hidden_q, weight_q, bias_q)):
         if weight.dim() != 2 or hidden.dim() < 1 or hidden.shape[-1] != weight.shape[1]:
             raise ValueError(
                 f"hidden_{name} {list(hidden.shape)} does not fit weight_{name} {list(weight.shape)}: "
                 "[..., features] and [vocabulary, features] are needed"
             )
-        if hidden.dtype != weight.dtype:
+        if hidden.dtype != weight.dtype and not (hidden.dtype == torch.float32 and weight.is_floating_point()):
             raise ValueError(f"hidden_{name} is {hidden.dtype}, weight_{name} {weight.dtype}: they must be equal")
         if bias is not None and bias.shape != weight.shape[:1]:
             raise ValueError(f"bias_{name} has shape {list(bias.shape)}, it must be {list(weight.shape[:1])}")
@@ -85,14 +107,18 @@ def linear_kl_divergence(
         state = None
         for start in range(0, weight_p.shape[0], chunk):
             part = slice(start, start + chunk)
-            logits_p = torch.nn.functional.linear(p, weight_p[part], None if bias_p is None else bias_p[part])
-            logits_q = torch.nn.functional.linear(q, weight_q[part], None if bias_q is None else bias_q[part])
+            logits_p, logits_q = _logits(p, weight_p, bias_p, part), _logits(q, weight_q, bias_q, part)
             if traced(logits_p, logits_q):
                 mine = torch.ops.nirvana.kl_divergence_state(logits_p, logits_q)
             else:
                 mine = _divergence_state(logits_p, logits_q)
             state = mine if state is None else merge(state, mine)
-        return finish(state).view(hidden_p.shape[:-1])
+        return state
+
+
+def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, part: slice) -> Tensor:
+    bias = None if bias is None else bias[part].to(hidden.dtype)
+    return torch.nn.functional.linear(hidden, weight[part].to(hidden.dtype), bias)
 
 
 def merge(first: Tensor, second: Tensor) -> Tensor:
@@ -112,6 +138,11 @@ def finish(state: Tensor) -> Tensor:
     """fp32 ``[tokens]`` KL of a state."""
     max_p, sum_p, dot, max_q, sum_q = state
     return (dot / sum_p - (max_p - max_q) - (sum_p / sum_q).log()).float()
+
+
+def log_normaliser(state: Tensor) -> Tensor:
+    """fp64 ``[tokens]`` logsumexp of the logits q of a state."""
+    return state[3] + state[4].log()
 
 
 def _rescaled(total: Tensor, old: Tensor, new: Tensor) -> Tensor:
