@@ -21,6 +21,7 @@ from nirvana.export import Exported, export
 from nirvana.masking import masked
 from nirvana.plan import PruningPlan
 from nirvana.pruning import PruneResult, prune
+from nirvana.recipe import preset
 from nirvana.saliency import Saliency, score
 from nirvana.slicing import apply
 
@@ -43,6 +44,7 @@ __all__ = [
     "load",
     "masked",
     "ops",
+    "preset",
     "prune",
     "score",
 ]

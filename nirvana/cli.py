@@ -1,4 +1,4 @@
-"""The command line: ``nirvana prune | score | plan | apply | eval | export | check | info | bench``."""
+"""The command line: ``nirvana prune | select | score | plan | apply | eval | export | check | info | bench``."""
 
 from __future__ import annotations
 
@@ -13,14 +13,16 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from nirvana import __version__
-from nirvana.commands import apply, bench, check, eval, export, info, plan, prune, score
+from nirvana.commands import apply, bench, check, eval, export, info, plan, prune, score, select
 from nirvana.errors import NirvanaError
 from nirvana.interruption import interruptions_kept
 from nirvana.models import resolve_device
 from nirvana.ops.backends import choose, use_backend
+from nirvana.recipe import PRESETS
 
 COMMANDS = {
     "prune": prune,
+    "select": select,
     "score": score,
     "plan": plan,
     "apply": apply,
@@ -52,7 +54,7 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {line}; see {self.prog} --help\n")
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser(**defaults: object) -> argparse.ArgumentParser:
     layout = argparse.RawDescriptionHelpFormatter
     parser = Parser(prog="nirvana", description=DESCRIPTION, epilog=EPILOG, formatter_class=layout)
     parser.add_argument("--version", action="version", version=f"nirvana {__version__}")
@@ -62,6 +64,7 @@ def build_parser() -> argparse.ArgumentParser:
             name, help=module.HELP, description=module.HELP, epilog=module.EPILOG, formatter_class=layout
         )
         module.add_arguments(command)
+        command.set_defaults(**defaults)
         command.add_argument("--json", action="store_true", help="print the result as JSON, without progress bars")
         command.add_argument("--quiet", action="store_true", help="no progress bars")
         command.add_argument("--debug", action="store_true", help="show the traceback of a refusal")
@@ -70,7 +73,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command. Returns the exit code."""
-    args = build_parser().parse_args(argv)
+    args = _parse(argv)
     _silence_libraries()
     # A polite kill unwinds like Ctrl-C, so that temporary folders go.
     signal.signal(signal.SIGTERM, _interrupt)
@@ -92,6 +95,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return code or (1 if isinstance(error, BrokenPipeError) else _refuse(args.command, f"stdout: {error}", 1))
     return code
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """A preset stands in for the defaults: what is given beside it wins, wherever it stands on the line."""
+    args = build_parser().parse_args(argv)
+    if getattr(args, "preset", None) in PRESETS:  # an unknown name is refused by the command
+        args = build_parser(**PRESETS[args.preset]).parse_args(argv)
+    return args
 
 
 def _backend(args: argparse.Namespace) -> contextlib.AbstractContextManager[object]:

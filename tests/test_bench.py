@@ -66,6 +66,15 @@ def test_json_and_the_whole_job(cli_here):
     assert all(record["total_s"] > 0 and record["peak_bytes"] > 0 for record in records)
 
 
+def test_one_candidate(cli_here):
+    outcome = cli_here("bench", "selection", "--quick", "--device", "cpu", "--json")
+    assert outcome.code == 0, outcome.stderr
+    (records,) = json.loads(outcome.stdout)["selection"]["records"].values()
+    assert [record["way"] for record in records] == ["published", "nirvana"]
+    assert records[0]["kl"] == pytest.approx(records[1]["kl"], rel=1e-3)
+    assert all(record["total_s"] > 0 and record["peak_bytes"] > 0 for record in records)
+
+
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [

@@ -28,7 +28,13 @@ PRUNE_OPTIONS = (
     "--calibration",
     "--num-examples",
     "--seq-len",
+    "--packing",
     "--seed",
+    "--batches",
+    "--combine",
+    "--candidates",
+    "--probe",
+    "--probe-examples",
     "--criterion",
     "--objective",
     "--gamma",
@@ -36,6 +42,12 @@ PRUNE_OPTIONS = (
     "--align",
     "--scope",
     "--allocation",
+    "--steps",
+    "--repair",
+    "--repair-ridge",
+    "--repair-strength",
+    "--ntk",
+    "--preset",
     "--micro-batch",
     "--device",
     "--dtype",
@@ -95,7 +107,7 @@ def test_help_of_prune_lists_its_options(cli_here):
 
 @pytest.fixture(scope="module", params=["llama", "t5"])
 def both_ways(request, tmp_path_factory, tokens_file):
-    """The same work done by `prune` and by its stages: (folder, folder)."""
+    """The same work done by `prune`, without its repair, and by its stages: (folder, folder)."""
     folder = tmp_path_factory.mktemp("both")
     model = request.getfixturevalue(f"{request.param}_folder")
     whole, stages = folder / "whole", folder / "stages"
@@ -103,7 +115,7 @@ def both_ways(request, tmp_path_factory, tokens_file):
     choice = ["--sparsity", "0.3", "--gamma", "2"]
     handler = signal.getsignal(signal.SIGTERM)
     for command in (
-        ["prune", model, *choice, "--calibration", tokens_file, "--out", whole],
+        ["prune", model, *choice, "--calibration", tokens_file, "--repair", "none", "--out", whole],
         ["score", model, "--calibration", tokens_file, "--out", saliency],
         ["plan", model, *choice, "--saliency", saliency, "--out", plan],
         ["apply", model, "--plan", plan, "--out", stages],

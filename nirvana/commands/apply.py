@@ -36,4 +36,6 @@ def run(args: Namespace) -> None:
         output.print_json({"checkpoint": str(folder), "sparsity": plan.sparsity, "totals": plan.totals})
         return
     output.print_table([["", "before", "after", "change"], *output.plan_rows(plan)])
+    if plan.settings.get("repair"):
+        print("\nthe plan comes from a run that also repaired weights; only 'nirvana prune' does that, 'apply' slices")
     print(f"\ncheckpoint: {folder}")

@@ -18,13 +18,14 @@ BENCHMARKS = {
     "slice": "cutting kept rows and columns out of a weight",
     "kl": "KL divergence of logits, time and memory",
     "prune": "the whole job on the demo model against the published way, time and memory",
+    "selection": "one candidate of a selection against the published way, time and memory",
 }
 QUICK_ROUNDS = 2
 
 HELP = "time the kernels against eager PyTorch, torch.compile and the limits of this machine"
 EPILOG = (
     "benchmarks:\n"
-    + "".join(f"  {name:10}{text}\n" for name, text in BENCHMARKS.items())
+    + "".join(f"  {name:11}{text}\n" for name, text in BENCHMARKS.items())
     + "\nEvery way is checked before it is timed; ways take turns. Close other programs first.\n\n"
     "examples:\n"
     "  nirvana bench saliency\n"
@@ -68,7 +69,7 @@ def run(args: Namespace) -> None:
     # What is missing is said now, and not after minutes of measuring.
     if args.plots and importlib.util.find_spec("matplotlib") is None:
         raise NirvanaError("--plots needs matplotlib: pip install nirvana[bench]")
-    if "prune" in names and not args.quick:
+    if {"prune", "selection"} & set(names) and not args.quick:
         resolve("demo")
     threads = torch.get_num_threads()
     if args.threads:

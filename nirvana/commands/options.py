@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
-from argparse import ArgumentParser
+from argparse import ArgumentParser, Namespace
+from dataclasses import fields
 
-from nirvana.calibration.corpora import BUILT_IN
+from nirvana.calibration.corpora import CORPUS_NAMES
+from nirvana.calibration.packing import PACKINGS
+from nirvana.gammas import read_gamma
 from nirvana.models import DTYPES
 from nirvana.ops.backends import AUTO, BACKENDS
+from nirvana.recipe import PRESETS
+from nirvana.repair import METHODS, RIDGE
 from nirvana.saliency import CRITERION_NAMES, OBJECTIVES
-from nirvana.widths import ALLOCATIONS, ROUNDINGS, SCOPES
+from nirvana.saliency.combination import WAYS
+from nirvana.widths import ALLOCATIONS, ROUNDINGS, SCOPES, WidthRule
 
 MODEL_HELP = "Hub id, checkpoint folder, .gguf file, or 'demo' (SmolLM2-135M-Instruct)"
+
+#: What --gamma takes besides a number.
+AUTO_GAMMA = "auto"
 
 
 def add_model(parser: ArgumentParser) -> None:
@@ -47,24 +56,37 @@ def add_scoring(parser: ArgumentParser) -> None:
         "--calibration",
         default="novels",
         metavar="NAME|FILE",
-        help=f"corpus ({', '.join(BUILT_IN)}), or .txt, .jsonl, .parquet, folder of .txt, or .npy of token ids "
+        help=f"corpus ({', '.join(CORPUS_NAMES)}; all but novels from the Hub), hub:OWNER/NAME[/CONFIG]:SPLIT[:FIELD], "
+        ".txt, .jsonl, .parquet or a folder of them, FILE#FIELD, several with + between them, or .npy of token ids "
         "[examples, tokens] (default: novels)",
+    )
+    group.add_argument(
+        "--packing",
+        default="random",
+        metavar="RULE",
+        help=f"{' or '.join(PACKINGS)}: a random window of each random document, or documents joined and cut in order "
+        "(default: random)",
     )
     group.add_argument("--num-examples", type=int, default=32, metavar="N", help="calibration examples (default: 32)")
     group.add_argument("--seq-len", type=int, default=128, metavar="N", help="tokens per example (default: 128)")
     group.add_argument("--seed", type=int, default=0, help="seed of the calibration draw (default: 0)")
     group.add_argument(
-        "--criterion", default="nirvana", metavar="NAME", help=f"{', '.join(CRITERION_NAMES)} (default: nirvana)"
+        "--criterion",
+        default="nirvana",
+        metavar="NAME",
+        help=f"{', '.join(CRITERION_NAMES)}, or several as a+b: the mean of their ranks (default: nirvana)",
     )
     group.add_argument(
-        "--objective", default="max-logit", metavar="NAME", help=f"{', '.join(OBJECTIVES)} (default: max-logit)"
+        "--objective",
+        metavar="NAME",
+        help=f"{', '.join(OBJECTIVES)} (default: the criterion's own, max-logit for nirvana, nll for mask-...)",
     )
     group.add_argument(
         "--micro-batch",
         type=int,
         metavar="N",
-        help="examples per forward pass (default: all). Same scores, fewer activations; costs an fp32 buffer as large "
-        "as the prunable weights",
+        help="examples per forward pass (default: all; mask-... takes 512 tokens at a time). Same scores, fewer "
+        "activations; costs nirvana an fp32 buffer as large as the prunable weights, and mask-... nothing",
     )
 
 
@@ -79,10 +101,11 @@ def add_allocation(parser: ArgumentParser) -> None:
     )
     group.add_argument(
         "--gamma",
-        type=_number,
+        type=_gamma,
         default=3.36,
-        metavar="G",
-        help="MLP pruning rate / attention pruning rate (default: 3.36)",
+        metavar="G|auto",
+        help="MLP pruning rate / attention pruning rate (default: 3.36); for T5 also for each kind of attention: "
+        "encoder=3,decoder=2,cross=1.5; auto searches the one with the smallest KL on the probe",
     )
     group.add_argument(
         "--rounding",
@@ -122,6 +145,86 @@ def add_allocation(parser: ArgumentParser) -> None:
     )
 
 
+def width_rule(args: Namespace) -> WidthRule:
+    """What `add_allocation` asked for; where gamma is to be searched, with the default as the first to try."""
+    values = {each.name: getattr(args, each.name) for each in fields(WidthRule)}
+    if args.gamma == AUTO_GAMMA:
+        del values["gamma"]
+    return WidthRule(**values)
+
+
+def add_selection(parser: ArgumentParser, candidates: int) -> None:
+    group = parser.add_argument_group("selection: which calibration batch")
+    group.add_argument(
+        "--candidates",
+        type=int,
+        default=candidates,
+        metavar="N",
+        help="calibration batches to choose from, by KL to the dense model on the probe; with several corpora in "
+        f"--calibration (c4,wikitext2) from each in turn, and from the mixture of all (default: {candidates})",
+    )
+    group.add_argument(
+        "--probe", metavar="NAME|FILE", help="text of the probe (default: other examples of the calibration corpora)"
+    )
+    group.add_argument(
+        "--probe-examples", type=int, metavar="N", help="examples of the probe (default: as --num-examples)"
+    )
+
+
+def add_batches(parser: ArgumentParser) -> None:
+    group = parser.add_argument_group("several batches")
+    group.add_argument("--batches", type=int, default=1, metavar="K", help="score K batches and combine (default: 1)")
+    group.add_argument(
+        "--combine",
+        default="mean",
+        metavar="RULE",
+        help=f"{', '.join(WAYS)}: of the scores of K batches, or of their ranks (default: mean)",
+    )
+
+
+def add_quality(parser: ArgumentParser) -> None:
+    group = parser.add_argument_group("steps and repair")
+    group.add_argument(
+        "--steps",
+        type=int,
+        default=1,
+        metavar="N",
+        help="reach the sparsity in N steps, each scored on what the one before left (default: 1)",
+    )
+    group.add_argument(
+        "--repair",
+        metavar="METHOD",
+        help=f"{', '.join(METHODS)}: refit the kept columns of output layers so that they take over what they can of "
+        "removed units (default: least-squares, or none for criteria that read no text)",
+    )
+    group.add_argument(
+        "--repair-ridge",
+        type=_number,
+        default=RIDGE,
+        metavar="R",
+        help=f"of the least squares, relative to the mean of their diagonal (default: {RIDGE})",
+    )
+    group.add_argument(
+        "--repair-strength",
+        type=_number_or_auto,
+        default=1.0,
+        metavar="S|auto",
+        help="fraction of the repair to keep, 0 to 1, or auto: by KL on the probe (default: 1)",
+    )
+    group.add_argument(
+        "--ntk", action="store_true", help="report what is kept of the neural tangent kernel (with --json)"
+    )
+
+
+def add_preset(parser: ArgumentParser) -> None:
+    settings = {name: " ".join(f"--{k} {v}" for k, v in preset.items()) for name, preset in PRESETS.items()}
+    parser.add_argument(
+        "--preset",
+        metavar="NAME",
+        help="; ".join(f"{name}: {line}" for name, line in settings.items()) + "; what else is given wins",
+    )
+
+
 def add_output(parser: ArgumentParser, what: str) -> None:
     parser.add_argument("--out", required=True, metavar="PATH", help=f"where {what} goes")
     parser.add_argument("--overwrite", action="store_true", help="replace what an earlier run left at PATH")
@@ -142,4 +245,14 @@ def _number(text: str) -> float:
     return float(text)
 
 
+def _number_or_auto(text: str) -> float | str:
+    return text if text == AUTO_GAMMA else float(text)
+
+
+def _gamma(text: str) -> float | str | dict[str, float]:
+    return text if text == AUTO_GAMMA else read_gamma(text)
+
+
+_gamma.__name__ = f"number or {AUTO_GAMMA!r}"
+_number_or_auto.__name__ = f"number or {AUTO_GAMMA!r}"
 _number.__name__ = "number"  # argparse names the type in its error message
