@@ -7,7 +7,8 @@ KL to the dense model are of texts that nothing was calibrated on, in windows of
 like are chosen on a probe that is in neither. Rows are added to the JSON as they come, so that an interrupted run goes
 on; a summary with mean and standard deviation over the seeds is printed and written beside it.
 
-"selection" chooses among 8 batches of 32 examples, the size that was published.
+"selection" chooses among 8 batches of 32 examples, the size that was published; "mean" and "median" combine the scores
+of the same 8. So they see more text than the other ways.
 """
 
 from __future__ import annotations
@@ -38,21 +39,25 @@ from nirvana.models import resolve
 from nirvana.progress import Progress
 from nirvana.recipe import PRESETS, Recipe
 from nirvana.repair.weights import OutputWeights
-from nirvana.saliency import Saliency, score
+from nirvana.saliency import Saliency, combine, score
 from nirvana.selection import Probe, draw_candidates
 from nirvana.widths import WidthRule
 
 WINDOW, CANDIDATES, CANDIDATE_EXAMPLES, PROBE_EXAMPLES = 512, 8, 32, 16
 SPARSITIES = (0.2, 0.4, 0.5)
 CRITERIA = ("nirvana", "mask-fisher")
-PUBLISHED, BEST, SELECTION = "nirvana", "best", "+ selection"
+PUBLISHED, BEST = "nirvana", "best"
 
 #: What is tried with each criterion, beside the criterion alone.
 PARTS: dict[str, dict[str, Any]] = {
     "+ repair": {"repair": "least-squares"},
+    "+ repair, strength auto": {"repair": "least-squares", "repair_strength": "auto"},
     "+ gamma auto": {"search_gamma": True},
     "+ steps": {"steps": PRESETS["best"]["steps"]},
 }
+
+#: What is tried with the scores of several batches.
+OF_BATCHES = ("+ selection", "+ mean of batches", "+ median of batches")
 
 
 def ways() -> dict[str, dict[str, Any]]:
@@ -61,9 +66,9 @@ def ways() -> dict[str, dict[str, Any]]:
     listed: dict[str, dict[str, Any]] = {name: {"criterion": name} for name in CRITERIA}
     listed[BEST] = {**best, "search_gamma": True}
     listed["best without steps"] = {**listed[BEST], "steps": 1}
+    listed |= {name: {"criterion": name} for name in ("+".join(CRITERIA), "random", "magnitude")}
     for part, options in PARTS.items():
         listed |= {f"{name} {part}": {"criterion": name, **options} for name in CRITERIA}
-    listed |= {name: {"criterion": name} for name in ("magnitude", "random")}
     return {name: {"repair": "none", **options} for name, options in listed.items()}
 
 
@@ -82,6 +87,8 @@ class Bench:
         self._of_candidates: dict[str, list[Saliency]] = {}
 
     def scores(self, criterion: str) -> Saliency:
+        if criterion == "+".join(CRITERIA):  # what `score` does, from what has been scored
+            return combine([self.scores(name) for name in CRITERIA], "rank-mean", self.model)
         if criterion not in self._scores:
             self._scores[criterion] = score(self.model, self.batch, criterion=criterion, seed=self.seed)
         return self._scores[criterion]
@@ -109,11 +116,15 @@ class Bench:
             self._gamma[searched] = decision.plan.settings["gamma"]
         return self._evaluate(small, decision.plan)
 
-    def select(self, criterion: str, sparsity: float) -> dict[str, Any]:
-        """The candidate with the smallest KL on the probe, beside the mean of all."""
+    def of_batches(self, criterion: str, part: str, sparsity: float) -> dict[str, Any]:
+        """The candidate with the smallest KL on the probe, or the scores of all candidates combined."""
         if criterion not in self._of_candidates:
             scores = [score(self.model, tokens, criterion=criterion, seed=self.seed) for tokens in self.candidates]
             self._of_candidates[criterion] = scores
+        if part != OF_BATCHES[0]:
+            saliency = combine(self._of_candidates[criterion], part.split()[1], self.model)
+            plan = nirvana.allocate(saliency, self.model, sparsity=sparsity)
+            return self._evaluate(nirvana.apply(self.model, plan), plan)
         kls, plans = [], []
         for saliency in self._of_candidates[criterion]:
             plans.append(nirvana.allocate(saliency, self.model, sparsity=sparsity))
@@ -145,8 +156,9 @@ def draw(args: argparse.Namespace, tokenizer: Any, seed: int) -> Drawn:
 
 def rows(seeds: int, ablations: int) -> Iterator[tuple[int, str, float]]:
     """(seed, way, sparsity), those first that are most worth having."""
-    every = [*ways(), *(f"{criterion} {SELECTION}" for criterion in CRITERIA)]
-    for way in every:
+    of_batches = [f"{criterion} {part}" for criterion in CRITERIA for part in OF_BATCHES]
+    slow = [f"{criterion} + steps" for criterion in CRITERIA]
+    for way in [*(way for way in ways() if way not in slow), *of_batches, *slow]:
         for seed in range(seeds if way in (*CRITERIA, BEST) else ablations):
             if way != "magnitude" or seed == 0:  # there is nothing to draw
                 yield from ((seed, way, sparsity) for sparsity in SPARSITIES)
@@ -218,8 +230,9 @@ def main(argv: list[str] | None = None) -> int:
             continue
         if seed not in benches:
             benches[seed] = Bench(model, texts, draw(args, tokenizer, seed), seed)
-        if way.endswith(SELECTION):
-            figures = benches[seed].select(way.removesuffix(f" {SELECTION}"), sparsity)
+        criterion, _, part = way.partition(" ")
+        if part in OF_BATCHES:
+            figures = benches[seed].of_batches(criterion, part, sparsity)
         else:
             figures = benches[seed].run(Recipe(seed=seed, **ways()[way]), sparsity)
         document["rows"].append({"seed": seed, "way": way, "sparsity": sparsity, **figures})
