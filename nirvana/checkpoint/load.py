@@ -26,7 +26,8 @@ def load(
     Args:
         folder: checkpoint folder, Hub id, .gguf file or "demo".
         plan: a plan, or its file: `folder` then holds the base weights, of which only what the plan keeps is loaded.
-            One dense tensor is in memory at a time and nothing is written.
+            One dense tensor is in memory at a time and nothing is written. Kept weights are those of the base: what
+            `nirvana.prune` repaired is in its checkpoint alone.
         dtype: "auto" (as stored), "float32", "bfloat16" or "float16".
         device: "auto" (CUDA where there is one) or a torch device.
 
