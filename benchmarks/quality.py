@@ -201,6 +201,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--windows", type=int, default=6, help="of each text")
     parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--ablations", type=int, default=1, help="seeds of all but the criteria alone and the best")
+    parser.add_argument("--ways", nargs="*", metavar="WAY", help="only these, e.g. best 'nirvana + repair'")
     parser.add_argument("--out", type=Path, default=Path("quality.json"))
     args = parser.parse_args(argv)
     settings = {k: getattr(args, k) for k in ("model", "num_examples", "seq_len", "windows")}
@@ -226,7 +227,7 @@ def main(argv: list[str] | None = None) -> int:
     done = {(row["seed"], row["way"], row["sparsity"]) for row in document["rows"]}
     benches: dict[int, Bench] = {}
     for seed, way, sparsity in rows(args.seeds, args.ablations):
-        if (seed, way, sparsity) in done:
+        if (seed, way, sparsity) in done or (args.ways and way not in args.ways):
             continue
         if seed not in benches:
             benches[seed] = Bench(model, texts, draw(args, tokenizer, seed), seed)
