@@ -36,7 +36,7 @@ def tokenizer_entries(tokenizer: PreTrainedTokenizerBase, chats: bool) -> dict[s
 
 def tokens_sha256(tokens: Tensor) -> str:
     """SHA-256 of the ids as little-endian int64, row by row."""
-    return hashlib.sha256(tokens.contiguous().numpy().astype("<i8").tobytes()).hexdigest()
+    return hashlib.sha256(tokens.cpu().contiguous().numpy().astype("<i8").tobytes()).hexdigest()
 
 
 def package_versions(origins: list[dict[str, Any]]) -> dict[str, str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable
 from typing import Any
 
@@ -11,6 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from nirvana.architectures import Architecture, Slice, describe
+from nirvana.calibration.manifest import tokens_sha256
 from nirvana.diagnosis import faulty_parameter
 from nirvana.errors import NirvanaError
 from nirvana.saliency.combination import combine
@@ -113,7 +113,7 @@ def score(
     settings |= {
         "objective": objective,
         "calibration_shape": list(tokens.shape),
-        "calibration_sha256": hashlib.sha256(tokens.cpu().contiguous().numpy().tobytes()).hexdigest(),
+        "calibration_sha256": tokens_sha256(tokens),
     }
     way, reduce = (walk_masks, reduce_masks) if isinstance(rule, MaskCriterion) else (walk, reduce_weight)
     way(model, architecture, OBJECTIVES[objective], tokens, attention_mask, micro_batch, reduce, progress)

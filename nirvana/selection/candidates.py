@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from nirvana.calibration import CalibrationBatch, draw_batches
@@ -91,11 +89,6 @@ def draw_candidates(
     batches = [_assemble([drawn[corpus].take(part) for corpus, part in share.items()]) for share in shares]
     _check_disjoint(batches)
     return Candidates(tuple(batches[:-1]), batches[-1])
-
-
-def fingerprint(tokens: Tensor) -> str:
-    """SHA-256 of token ids, as `nirvana.score` puts it into its settings."""
-    return hashlib.sha256(tokens.cpu().contiguous().numpy().tobytes()).hexdigest()
 
 
 class _Examples:

@@ -17,12 +17,12 @@ from transformers import PreTrainedModel
 from nirvana.allocation import allocate
 from nirvana.architectures import describe
 from nirvana.calibration import CalibrationBatch
+from nirvana.calibration.manifest import tokens_sha256
 from nirvana.errors import NirvanaError
 from nirvana.masking import masked
 from nirvana.plan import PruningPlan
 from nirvana.progress import Progress
 from nirvana.saliency import CRITERION_NAMES, Saliency, needs_calibration, score
-from nirvana.selection.candidates import fingerprint
 from nirvana.selection.probe import Probe
 from nirvana.selection.state import SelectionState, model_fingerprint
 from nirvana.widths import WidthRule
@@ -113,11 +113,11 @@ def select(
     check_criterion(criterion)
     if probe.model is not model:
         raise NirvanaError("the probe was made with another model; make one with this model")
-    hashes = [fingerprint(batch.tokens) for batch in candidates]
+    hashes = [tokens_sha256(batch.tokens) for batch in candidates]
     identity: dict[str, Any] = {}
     if state is not None:
         # Not the micro-batch: it changes nothing but rounding, and who ran out of memory goes on with a smaller one.
-        identity = {"model": model_fingerprint(model), "probe": fingerprint(probe.tokens), "candidates": hashes}
+        identity = {"model": model_fingerprint(model), "probe": tokens_sha256(probe.tokens), "candidates": hashes}
         identity |= {"criterion": criterion, "objective": objective or "of the criterion", "seed": seed}
         identity |= asdict(rule)
     kept = SelectionState(state, identity)
