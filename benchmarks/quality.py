@@ -47,13 +47,14 @@ WINDOW, CANDIDATES, CANDIDATE_EXAMPLES, PROBE_EXAMPLES = 512, 8, 32, 16
 SPARSITIES = (0.2, 0.4, 0.5)
 CRITERIA = ("nirvana", "mask-fisher")
 PUBLISHED, BEST = "nirvana", "best"
+STEPS = 2
 
 #: What is tried with each criterion, beside the criterion alone.
 PARTS: dict[str, dict[str, Any]] = {
     "+ repair": {"repair": "least-squares"},
     "+ repair, strength auto": {"repair": "least-squares", "repair_strength": "auto"},
     "+ gamma auto": {"search_gamma": True},
-    "+ steps": {"steps": PRESETS["best"]["steps"]},
+    "+ steps": {"steps": STEPS},
 }
 
 #: What is tried with the scores of several batches.
@@ -65,7 +66,7 @@ def ways() -> dict[str, dict[str, Any]]:
     best = {name: value for name, value in PRESETS["best"].items() if name != "gamma"}
     listed: dict[str, dict[str, Any]] = {name: {"criterion": name} for name in CRITERIA}
     listed[BEST] = {**best, "search_gamma": True}
-    listed["best without steps"] = {**listed[BEST], "steps": 1}
+    listed["best + steps"] = {**listed[BEST], "steps": STEPS}
     listed |= {name: {"criterion": name} for name in ("+".join(CRITERIA), "random", "magnitude")}
     for part, options in PARTS.items():
         listed |= {f"{name} {part}": {"criterion": name, **options} for name in CRITERIA}
@@ -157,9 +158,9 @@ def draw(args: argparse.Namespace, tokenizer: Any, seed: int) -> Drawn:
 def rows(seeds: int, ablations: int) -> Iterator[tuple[int, str, float]]:
     """(seed, way, sparsity), those first that are most worth having."""
     of_batches = [f"{criterion} {part}" for criterion in CRITERIA for part in OF_BATCHES]
-    slow = [f"{criterion} + steps" for criterion in CRITERIA]
+    slow = [f"{criterion} + steps" for criterion in (BEST, *CRITERIA)]
     for way in [*(way for way in ways() if way not in slow), *of_batches, *slow]:
-        for seed in range(seeds if way in (*CRITERIA, BEST) else ablations):
+        for seed in range(seeds if way in (*CRITERIA, "+".join(CRITERIA), BEST) else ablations):
             if way != "magnitude" or seed == 0:  # there is nothing to draw
                 yield from ((seed, way, sparsity) for sparsity in SPARSITIES)
 

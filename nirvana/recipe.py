@@ -15,9 +15,8 @@ AUTO = "auto"
 #: Options of `nirvana.prune` that belong together. "best" is the winner of benchmarks/quality.py.
 PRESETS: dict[str, dict[str, Any]] = {
     "best": {
-        "criterion": "mask-fisher",
+        "criterion": "nirvana+mask-fisher",
         "gamma": AUTO,
-        "steps": 4,
         "repair": LEAST_SQUARES,
     },
 }
