@@ -146,6 +146,16 @@ class Bench:
         }
 
 
+def read_texts(named: list[str], model: PreTrainedModel, tokenizer: Any, windows: int) -> dict[str, Probe]:
+    """Evenly spaced windows of each text; ``novels`` are the held-out ones of the package, others are NAME=FILE."""
+    texts = {}
+    for text in named:
+        name, _, file = text.partition("=")
+        documents = read_documents(file or (EVALUATION if name == "novels" else name))
+        texts[name] = Probe(model, torch.stack(text_windows(tokenizer, documents, WINDOW, WINDOW, windows)))
+    return texts
+
+
 def draw(args: argparse.Namespace, tokenizer: Any, seed: int) -> Drawn:
     """Tokens of the batch, of the candidates and of the probe. The batch begins with the candidates' examples."""
     count = max(CANDIDATES, -(-args.num_examples // CANDIDATE_EXAMPLES))
@@ -218,11 +228,7 @@ def main(argv: list[str] | None = None) -> int:
             parser.error(f"{args.out} holds results of other settings; choose another --out")
     source = resolve(args.model)
     model, tokenizer = source.model("float32", "cpu"), source.tokenizer()
-    texts = {}
-    for text in args.text:
-        name, _, file = text.partition("=")
-        documents = read_documents(file or (EVALUATION if name == "novels" else name))
-        texts[name] = Probe(model, torch.stack(text_windows(tokenizer, documents, WINDOW, WINDOW, args.windows)))
+    texts = read_texts(args.text, model, tokenizer, args.windows)
     document["dense"] = {"perplexity": {name: text.dense().perplexity for name, text in texts.items()}}
     document.setdefault("rows", [])
     done = {(row["seed"], row["way"], row["sparsity"]) for row in document["rows"]}
