@@ -131,6 +131,8 @@ def test_interrupted_and_continued(cli, cli_here, run_options, tmp_path):
         stderr=subprocess.PIPE,
         text=True,
         env={**os.environ, **one_thread},
+        # A shell that runs tests in the background lets them ignore Ctrl-C, and children inherit that.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
     while not state.exists() and process.poll() is None:
         time.sleep(0.005)
