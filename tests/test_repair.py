@@ -162,6 +162,19 @@ def test_same_bits_every_time():
     assert all(torch.equal(results[0][name], results[1][name]) for name in results[0])
 
 
+def test_dropout_of_a_model_in_training_is_off():
+    results = []
+    for training in (False, True):
+        model = families.build(families.CONFIGS["t5"], 14).train(training)
+        for module in model.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = 0.5
+        repair(model, families.random_plan(model, 15), tokens(16))
+        assert model.training == training
+        results.append(outputs(model))
+    assert all(torch.equal(results[0][name], results[1][name]) for name in results[0])
+
+
 def test_bf16_model_stays_bf16():
     model = families.build(families.CONFIGS["llama"], 17).bfloat16()
     plan = families.random_plan(model, 18)

@@ -17,7 +17,7 @@ from nirvana.architectures.inputs import model_inputs
 from nirvana.calibration.batch import check_tokens
 from nirvana.diagnosis import why_not_finite
 from nirvana.errors import NirvanaError
-from nirvana.patching import forward_replaced
+from nirvana.patching import evaluation_mode, forward_replaced
 from nirvana.plan import PruningPlan
 from nirvana.repair.least_squares import Regression
 
@@ -105,6 +105,7 @@ def repair(
         return forward(activations)
 
     with contextlib.ExitStack() as stack:
+        stack.enter_context(evaluation_mode(model))
         # The head hands its input on: logits of the whole batch would be the largest tensor of the job.
         stack.enter_context(forward_replaced(model.get_output_embeddings(), lambda forward: lambda hidden: hidden))
         for part in parts:
