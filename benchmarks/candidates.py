@@ -10,16 +10,13 @@ says whether the choice holds elsewhere. Repetitions are added to the JSON as th
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import sys
 from pathlib import Path
 from typing import Any
 
 import nirvana
-from nirvana.benchmarks import environment
-from nirvana.benchmarks.quality import PROBE_EXAMPLES, read_texts
-from nirvana.checkpoint.atomic import write_file
+from nirvana.benchmarks.quality import PROBE_EXAMPLES, begun, read_texts, write
 from nirvana.commands import output
 from nirvana.masking import masked
 from nirvana.models import resolve
@@ -89,18 +86,13 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     names = ("model", "criterion", "sparsity", "candidates", "num_examples", "seq_len", "windows")
     settings = {name: getattr(args, name) for name in names} | {"calibration": Path(args.calibration).name}
-    document: dict[str, Any] = {"benchmark": "candidates", "settings": settings, "repetitions": []}
-    document["environment"] = environment.describe("cpu")
-    if args.out.exists():
-        document = json.loads(args.out.read_text())
-        if document["settings"] != settings:
-            parser.error(f"{args.out} holds results of other settings; choose another --out")
+    document = begun(parser, args.out, {"benchmark": "candidates", "settings": settings, "repetitions": []})
     source = resolve(args.model)
     model, tokenizer = source.model("float32", "cpu"), source.tokenizer()
     texts = read_texts(args.text, model, tokenizer, args.windows)
     for seed in range(len(document["repetitions"]), args.repetitions):
         document["repetitions"].append(repetition(model, tokenizer, texts, args, seed))
-        write_file(args.out, (json.dumps(document, indent=1) + "\n").encode(), overwrite=True)
+        write(args.out, document)
         print(f"seed {seed} done", file=sys.stderr, flush=True)
     output.print_table(summary(document["repetitions"]))
     return 0

@@ -109,6 +109,7 @@ class Bench:
                 recipe,
                 Progress(),
                 self.scores(recipe.criterion),
+                dense,
             )
             small = nirvana.apply(self.model, decision.plan)
         finally:
@@ -144,6 +145,20 @@ class Bench:
             "prunable": plan.totals["prunable_after"],
             "gamma": plan.settings["gamma"],
         }
+
+
+def begun(parser: argparse.ArgumentParser, out: Path, fresh: dict[str, Any]) -> dict[str, Any]:
+    """The document that an interrupted run with the same settings left at `out`, or a fresh one."""
+    if not out.exists():
+        return {**fresh, "environment": environment.describe("cpu")}
+    document = json.loads(out.read_text())
+    if document["settings"] != fresh["settings"]:
+        parser.error(f"{out} holds results of other settings; choose another --out")
+    return document
+
+
+def write(out: Path, document: dict[str, Any]) -> None:
+    write_file(out, (json.dumps(document, indent=1) + "\n").encode(), overwrite=True)
 
 
 def read_texts(named: list[str], model: PreTrainedModel, tokenizer: Any, windows: int) -> dict[str, Probe]:
@@ -217,20 +232,11 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     settings = {k: getattr(args, k) for k in ("model", "num_examples", "seq_len", "windows")}
     settings["calibration"] = Path(args.calibration).name
-    document: dict[str, Any] = {
-        "benchmark": "quality",
-        "settings": settings,
-        "environment": environment.describe("cpu"),
-    }
-    if args.out.exists():
-        document = json.loads(args.out.read_text())
-        if document["settings"] != settings:
-            parser.error(f"{args.out} holds results of other settings; choose another --out")
+    document = begun(parser, args.out, {"benchmark": "quality", "settings": settings, "rows": []})
     source = resolve(args.model)
     model, tokenizer = source.model("float32", "cpu"), source.tokenizer()
     texts = read_texts(args.text, model, tokenizer, args.windows)
     document["dense"] = {"perplexity": {name: text.dense().perplexity for name, text in texts.items()}}
-    document.setdefault("rows", [])
     done = {(row["seed"], row["way"], row["sparsity"]) for row in document["rows"]}
     benches: dict[int, Bench] = {}
     for seed, way, sparsity in rows(args.seeds, args.ablations):
@@ -244,7 +250,7 @@ def main(argv: list[str] | None = None) -> int:
         else:
             figures = benches[seed].run(Recipe(seed=seed, **ways()[way]), sparsity)
         document["rows"].append({"seed": seed, "way": way, "sparsity": sparsity, **figures})
-        write_file(args.out, (json.dumps(document, indent=1) + "\n").encode(), overwrite=True)
+        write(args.out, document)
         perplexities = ", ".join(f"{name} {value:.1f}" for name, value in figures["perplexity"].items())
         print(
             f"seed {seed}, {sparsity:.0%}, {way}: {perplexities}, KL {figures['kl']:.3f}", file=sys.stderr, flush=True

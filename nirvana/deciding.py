@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from nirvana.allocation import allocate
 from nirvana.architectures import describe
 from nirvana.calibration import CalibrationBatch
+from nirvana.calibration.manifest import batch_settings
 from nirvana.plan import PruningPlan
 from nirvana.progress import Progress
 from nirvana.recipe import AUTO, Recipe
@@ -49,6 +50,7 @@ def decide(
     recipe: Recipe,
     progress: Progress,
     saliency: Saliency | None = None,
+    dense: OutputWeights | None = None,
 ) -> Decision:
     """Score, choose and plan; where the recipe repairs, `model` has the repaired output layers afterwards.
 
@@ -63,12 +65,12 @@ def decide(
         recipe: everything else.
         progress: told how far the work is.
         saliency: of the dense model on these batches, where it has been scored before.
+        dense: the output layers as they are now, where the caller holds a copy anyway.
     """
     found: dict[str, Any] = {}
     probe = None if probe_tokens is None else Probe(model, probe_tokens, micro_batch=recipe.micro_batch)
     if recipe.candidates > 1:
-        asked = {name: getattr(recipe, name) for name in ("criterion", "objective", "micro_batch", "seed")}
-        selection = select(model, batches, probe, rule, progress=progress, **asked)
+        selection = select(model, batches, probe, rule, progress=progress, **recipe.scoring)
         saliency, batches = selection.saliency, [batches[selection.best]]
         found["selection"] = selection.to_dict()
     elif saliency is None:
@@ -78,7 +80,8 @@ def decide(
         rule = replace(rule, gamma=search.gamma)
         found["gamma_search"] = search.to_dict()["curve"]
     tokens = torch.cat([batch.tokens for batch in batches]) if recipe.repairs else None
-    dense = OutputWeights(model, describe(model)) if recipe.changes_weights else None
+    if dense is None and recipe.goes_back:
+        dense = OutputWeights(model, describe(model))
     steps = [replace(rule, sparsity=rule.sparsity * step / recipe.steps) for step in range(1, recipe.steps)] + [rule]
     plan = allocate(saliency, model, **asdict(steps[0]))
     for step in steps[1:]:
@@ -96,8 +99,6 @@ def decide(
         elif recipe.repair_strength != 1:
             dense.blends().set(recipe.repair_strength, recipe.repair_strength)
             found["repair"]["strength"] = recipe.repair_strength
-    elif dense is not None:
-        dense.restore()
     plan = replace(plan, settings={**plan.settings, **found})
     return Decision(saliency, plan, _ntk(model, plan, probe_tokens, dense, recipe))
 
@@ -106,20 +107,14 @@ def score_batches(
     model: PreTrainedModel, batches: Sequence[CalibrationBatch], recipe: Recipe, progress: Progress
 ) -> Saliency:
     """Score each batch and combine the scores; the settings say what the batches were made of."""
-    asked = {name: getattr(recipe, name) for name in ("criterion", "objective", "micro_batch", "seed")}
     reads = needs_calibration(recipe.criterion)
     every = [batch.tokens for batch in batches] if reads else [None]
     scored = sum(part.scored for block in describe(model).blocks for part in block.slices)
     with progress.stage("score", len(every) * scored) as advance:
-        saliencies = [score(model, tokens, progress=lambda: advance(1), **asked) for tokens in every]
+        saliencies = [score(model, tokens, progress=lambda: advance(1), **recipe.scoring) for tokens in every]
     saliency = saliencies[0] if len(saliencies) == 1 else combine(saliencies, recipe.combine, model)
     if reads:
-        manifests = [batch.manifest for batch in batches]
-        saliency.settings |= {
-            "calibration": str(manifests[0]["source"]),
-            "seed": recipe.seed,
-            "calibration_manifest": manifests[0] if len(manifests) == 1 else manifests,
-        }
+        saliency.settings |= batch_settings([batch.manifest for batch in batches], recipe.seed)
     return saliency
 
 

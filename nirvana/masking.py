@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from nirvana.architectures import describe
+from nirvana.architectures import Block, describe
 from nirvana.plan import PruningPlan
 
 
@@ -24,11 +24,16 @@ def masked(model: nn.Module, plan: PruningPlan) -> Iterator[nn.Module]:
     with contextlib.ExitStack() as stack:
         for block in architecture.blocks:
             layer = model.get_submodule(block.output)
-            keep = torch.zeros(block.size, device=layer.weight.device)
-            keep[list(plan.kept[block.name])] = 1
-            channels = keep.repeat_interleave(block.channels)
+            channels = kept_channels(block, plan.kept[block.name], layer.weight.device)
             handle = layer.register_forward_pre_hook(
                 lambda module, inputs, channels=channels: (inputs[0] * channels.to(inputs[0].dtype), *inputs[1:])
             )
             stack.callback(handle.remove)
         yield model
+
+
+def kept_channels(block: Block, kept: Collection[int], device: torch.device) -> Tensor:
+    """Which input channels of a block's output layer belong to units that stay, bool ``[channels]``."""
+    units = torch.zeros(block.size, dtype=torch.bool, device=device)
+    units[list(kept)] = True
+    return units.repeat_interleave(block.channels)

@@ -22,6 +22,11 @@ def forward_replaced(module: nn.Module, wrap: Callable[[Callable], Callable]) ->
             module.forward = own
 
 
+def head_hands_on(model: nn.Module) -> contextlib.AbstractContextManager[None]:
+    """Inside, the head returns its input: the model's logits are hidden states, scaled as its family does it."""
+    return forward_replaced(model.get_output_embeddings(), lambda forward: lambda hidden: hidden)
+
+
 @contextlib.contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
     """Inside, dropout is off; afterwards each module is in the mode that it was in."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -121,10 +121,8 @@ def prune(
     progress = progress or Progress()
     if out is not None:
         check_target(out, overwrite, directory=True)
-    rule = WidthRule(sparsity, rounding=rounding, align=align, scope=scope, allocation=allocation)
-    rule = replace(rule, max_widths=max_widths, tensor_parallel=tensor_parallel)
-    if gamma != AUTO:
-        rule = replace(rule, gamma=gamma)
+    first_gamma = WidthRule.gamma if gamma == AUTO else gamma
+    rule = WidthRule(sparsity, first_gamma, rounding, align, scope, allocation, max_widths, tensor_parallel)
     recipe = Recipe(
         criterion=criterion,
         objective=objective,
@@ -161,7 +159,7 @@ def prune(
     architecture = describe(model)
     own = OutputWeights(model, architecture) if borrowed and recipe.changes_weights else None
     try:
-        decision = decide(model, drawn, held_out, rule, recipe, progress)
+        decision = decide(model, drawn, held_out, rule, recipe, progress, dense=own)
         plan = decision.plan
         if line := kept_saliency_line(plan.settings):
             progress.note(line)

@@ -81,6 +81,11 @@ class Recipe:
             raise NirvanaError(f"--repair-strength {self.repair_strength} must be a number from 0 to 1, or auto")
 
     @property
+    def scoring(self) -> dict[str, Any]:
+        """Arguments of `nirvana.score`."""
+        return {name: getattr(self, name) for name in ("criterion", "objective", "micro_batch", "seed")}
+
+    @property
     def repairs(self) -> bool:
         """Whether weights of output layers change."""
         return self.repair_method != NONE
@@ -89,6 +94,11 @@ class Recipe:
     def changes_weights(self) -> bool:
         """Whether output layers of the dense model are changed, if only between steps."""
         return self.repairs or self.steps > 1
+
+    @property
+    def goes_back(self) -> bool:
+        """Whether the dense output layers are needed again after they were changed."""
+        return self.steps > 1 or (self.repairs and (self.repair_strength != 1 or self.ntk))
 
     @property
     def repair_method(self) -> str:

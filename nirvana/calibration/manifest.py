@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -37,6 +38,15 @@ def tokenizer_entries(tokenizer: PreTrainedTokenizerBase, chats: bool) -> dict[s
 def tokens_sha256(tokens: Tensor) -> str:
     """SHA-256 of the ids as little-endian int64, row by row."""
     return hashlib.sha256(tokens.cpu().contiguous().numpy().astype("<i8").tobytes()).hexdigest()
+
+
+def batch_settings(manifests: Sequence[dict[str, Any]], seed: int) -> dict[str, Any]:
+    """What a saliency says of the batches that it was made on, one or several that were combined."""
+    return {
+        "calibration": str(manifests[0]["source"]),
+        "seed": seed,
+        "calibration_manifest": manifests[0] if len(manifests) == 1 else list(manifests),
+    }
 
 
 def package_versions(origins: list[dict[str, Any]]) -> dict[str, str]:

@@ -10,6 +10,7 @@ from nirvana.calibration.packing import PACKINGS
 from nirvana.gammas import read_gamma
 from nirvana.models import DTYPES
 from nirvana.ops.backends import AUTO, BACKENDS
+from nirvana.recipe import AUTO as SEARCHED
 from nirvana.recipe import PRESETS
 from nirvana.repair import METHODS, RIDGE
 from nirvana.saliency import CRITERION_NAMES, OBJECTIVES
@@ -17,9 +18,6 @@ from nirvana.saliency.combination import WAYS
 from nirvana.widths import ALLOCATIONS, ROUNDINGS, SCOPES, WidthRule
 
 MODEL_HELP = "Hub id, checkpoint folder, .gguf file, or 'demo' (SmolLM2-135M-Instruct)"
-
-#: What --gamma takes besides a number.
-AUTO_GAMMA = "auto"
 
 
 def add_model(parser: ArgumentParser) -> None:
@@ -148,7 +146,7 @@ def add_allocation(parser: ArgumentParser) -> None:
 def width_rule(args: Namespace) -> WidthRule:
     """What `add_allocation` asked for; where gamma is to be searched, with the default as the first to try."""
     values = {each.name: getattr(args, each.name) for each in fields(WidthRule)}
-    if args.gamma == AUTO_GAMMA:
+    if args.gamma == SEARCHED:
         del values["gamma"]
     return WidthRule(**values)
 
@@ -246,13 +244,13 @@ def _number(text: str) -> float:
 
 
 def _number_or_auto(text: str) -> float | str:
-    return text if text == AUTO_GAMMA else float(text)
+    return text if text == SEARCHED else float(text)
 
 
 def _gamma(text: str) -> float | str | dict[str, float]:
-    return text if text == AUTO_GAMMA else read_gamma(text)
+    return text if text == SEARCHED else read_gamma(text)
 
 
-_gamma.__name__ = f"number or {AUTO_GAMMA!r}"
-_number_or_auto.__name__ = f"number or {AUTO_GAMMA!r}"
+_gamma.__name__ = f"number or {SEARCHED!r}"
+_number_or_auto.__name__ = f"number or {SEARCHED!r}"
 _number.__name__ = "number"  # argparse names the type in its error message

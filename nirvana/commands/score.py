@@ -27,9 +27,8 @@ def run(args: Namespace) -> None:
     check_target(args.out, args.overwrite)
     source = resolve(args.model, args.trust_remote_code)
     source.config()
-    recipe = Recipe(
-        args.criterion, args.objective, args.micro_batch, args.seed, args.batches, args.combine, repair=NONE
-    )
+    asked = ("criterion", "objective", "micro_batch", "seed", "batches", "combine")
+    recipe = Recipe(repair=NONE, **{name: getattr(args, name) for name in asked})
     sizes = {name: getattr(args, name) for name in ("num_examples", "seq_len", "seed", "packing")}
     batches, _ = draw(args.calibration, source.tokenizer(), recipe, **sizes)
     model = source.model(args.dtype, args.device)

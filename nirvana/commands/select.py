@@ -10,6 +10,7 @@ from typing import Any
 from nirvana.checkpoint.atomic import atomic_directory, check_target
 from nirvana.commands import options, output
 from nirvana.models import resolve
+from nirvana.recipe import AUTO
 from nirvana.retention import kept_saliency_line
 from nirvana.selection import (
     GammaSearch,
@@ -50,7 +51,7 @@ def run(args: Namespace) -> None:
     rule = options.width_rule(args)
     # What would be refused after all candidates is refused now.
     check_criterion(args.criterion)
-    if args.gamma == options.AUTO_GAMMA:
+    if args.gamma == AUTO:
         check_search(rule)
     state = check_target(args.state or f"{args.out.rstrip('/')}.state", overwrite=True)
     source = resolve(args.model, args.trust_remote_code)
@@ -83,7 +84,7 @@ def run(args: Namespace) -> None:
             state=state,
             progress=progress,
         )
-        if args.gamma == options.AUTO_GAMMA:
+        if args.gamma == AUTO:
             search = search_gamma(model, selection.saliency, probe, rule, progress=progress)
     except KeyboardInterrupt:
         kept = f"finished candidates are kept in {state}; the same command goes on from there"

@@ -17,7 +17,8 @@ from nirvana.architectures.inputs import model_inputs
 from nirvana.calibration.batch import check_tokens
 from nirvana.diagnosis import why_not_finite
 from nirvana.errors import NirvanaError
-from nirvana.patching import evaluation_mode, forward_replaced
+from nirvana.masking import kept_channels
+from nirvana.patching import evaluation_mode, forward_replaced, head_hands_on
 from nirvana.plan import PruningPlan
 from nirvana.repair.least_squares import Regression
 
@@ -106,8 +107,7 @@ def repair(
 
     with contextlib.ExitStack() as stack:
         stack.enter_context(evaluation_mode(model))
-        # The head hands its input on: logits of the whole batch would be the largest tensor of the job.
-        stack.enter_context(forward_replaced(model.get_output_embeddings(), lambda forward: lambda hidden: hidden))
+        stack.enter_context(head_hands_on(model))  # logits of the whole batch would be the largest tensor of the job
         for part in parts:
             replaced = functools.partial(functools.partial, refitted, part)
             stack.enter_context(forward_replaced(part.layer, replaced))
@@ -119,9 +119,7 @@ class _Part:
 
     def __init__(self, block: Block, layer: nn.Linear, kept: tuple[int, ...]):
         self.block, self.layer = block, layer
-        units = torch.zeros(block.size, dtype=torch.bool, device=layer.weight.device)
-        units[list(kept)] = True
-        self.kept = units.repeat_interleave(block.channels)
+        self.kept = kept_channels(block, kept, layer.weight.device)
 
     def zero_removed(self) -> None:
         self.layer.weight[:, ~self.kept] = 0

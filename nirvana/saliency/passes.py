@@ -16,7 +16,7 @@ from nirvana.architectures.inputs import IGNORE, ModelInputs, model_inputs
 from nirvana.calibration.batch import check_tokens
 from nirvana.diagnosis import faulty_parameter, why_not_finite
 from nirvana.errors import NirvanaError
-from nirvana.patching import evaluation_mode, forward_replaced
+from nirvana.patching import evaluation_mode, forward_replaced, head_hands_on
 from nirvana.saliency.objectives import OBJECTIVES, Head, Objective, Totals
 
 
@@ -57,8 +57,7 @@ def backward_passes(
 def _backward(model: PreTrainedModel, objective: Objective, inputs: ModelInputs, totals: Totals) -> float:
     """One forward and backward pass. The vocabulary head runs inside the objective, in chunks."""
     head = model.get_output_embeddings()
-    # The head hands its input on: the model then returns hidden states, scaled as its family scales them.
-    with forward_replaced(head, lambda forward: lambda hidden: hidden), torch.enable_grad():
+    with head_hands_on(model), torch.enable_grad():
         hidden = model(**inputs.arguments).logits
     if not torch.isfinite(hidden).all():
         raise NirvanaError(why_not_finite(model))

@@ -12,6 +12,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from nirvana.calibration import CalibrationBatch, draw_batches
+from nirvana.calibration.corpora import split_mixture
 from nirvana.errors import NirvanaError
 
 
@@ -161,8 +162,8 @@ def _sources(calibration: str | Path | Sequence[str | Path]) -> list[tuple[str, 
 
 
 def _corpora(source: str) -> tuple[str, ...]:
-    """The parts of a mixture "a+b"; a file whose name holds a plus sign stays whole."""
-    return (source,) if Path(source).exists() else tuple(dict.fromkeys(source.split("+")))
+    """The parts of a mixture "a+b", each once."""
+    return tuple(dict.fromkeys(map(str, split_mixture(source))))
 
 
 def _is_tokens(corpus: str) -> bool:

@@ -24,7 +24,7 @@ from nirvana.calibration.batch import check_tokens
 from nirvana.diagnosis import why_not_finite
 from nirvana.errors import NirvanaError
 from nirvana.ops.divergence import finish, linear_divergence_state, log_normaliser
-from nirvana.patching import evaluation_mode, forward_replaced
+from nirvana.patching import evaluation_mode, head_hands_on
 
 #: Tokens whose logits exist at once, for a chunk of the vocabulary: 1024 x 4096 fp32 values are 17 MB a model.
 POSITIONS = 1024
@@ -123,10 +123,9 @@ class Probe:
 def _last_hidden(model: PreTrainedModel, tokens: Tensor) -> tuple[Tensor, Tensor]:
     """Inputs of the head ``[positions, hidden]`` in the model's type, and targets ``[positions]``, where there are."""
     inputs = model_inputs(model, tokens)
-    head = model.get_output_embeddings()
-    # The head hands its input on: the model then returns hidden states, scaled as its family scales them. no_grad and
-    # not inference_mode: buffers that a forward pass renews (dynamic rotary scaling) must stay usable in a backward.
-    with forward_replaced(head, lambda forward: lambda hidden: hidden), evaluation_mode(model), torch.no_grad():
+    # no_grad and not inference_mode: buffers that a forward pass renews (dynamic rotary scaling) must stay usable in a
+    # backward.
+    with head_hands_on(model), evaluation_mode(model), torch.no_grad():
         hidden = model(**inputs.arguments).logits
     known = inputs.targets != IGNORE
     hidden = hidden[known]

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from nirvana.allocation import allocate
 from nirvana.architectures import describe
 from nirvana.calibration import CalibrationBatch
-from nirvana.calibration.manifest import tokens_sha256
+from nirvana.calibration.manifest import batch_settings, tokens_sha256
 from nirvana.errors import NirvanaError
 from nirvana.masking import masked
 from nirvana.plan import PruningPlan
@@ -148,12 +148,8 @@ def select(
             kept.save([asdict(candidate) for candidate in table], best)
             advance(1)
     winner = min(table, key=lambda candidate: candidate.kl)
-    best.settings |= {
-        "calibration": winner.source,
-        "calibration_manifest": candidates[winner.index].manifest,
-        "seed": seed,
-        "selection": {"candidate": winner.index, "of": len(table), "kl": winner.kl},
-    }
+    best.settings |= batch_settings([candidates[winner.index].manifest], seed)
+    best.settings["selection"] = {"candidate": winner.index, "of": len(table), "kl": winner.kl}
     plan = allocate(best, model, **asdict(rule))
     return Selection(tuple(table), winner.index, best, plan, probe.dense().perplexity, len(kept.table))
 
