@@ -26,7 +26,7 @@ export TSAN_OPTIONS="halt_on_error=1 log_path=$report suppressions=$PWD/csrc/tsa
 root=$PWD
 if [ $# = 0 ]; then
   # A sanitizer's own allocator takes memory, which some tests count.
-  set -- -k "not takes_memory and not no_temporary and not nothing_of_the_size" "$root"/tests/test_ops_saliency.py "$root"/tests/test_ops_gather.py "$root"/tests/test_ops_divergence.py
+  set -- -k "not takes_memory and not no_temporary and not nothing_of_the_size" "$root"/tests/test_ops_saliency.py "$root"/tests/test_ops_gather.py "$root"/tests/test_ops_divergence.py "$root"/tests/test_ops_mixture.py
 fi
 cd "$folder"
 # From here, `import nirvana` finds the copy.

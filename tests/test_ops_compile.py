@@ -74,10 +74,19 @@ def samples(name: str, device: str) -> list[tuple]:
             ([weight, bias, strided], kept, 0, 1),
             ([weight], kept[:0], 1, 1),
         ]
+    if name == "mixture_bounds":
+        return [(weight, 5, 0.02), (half, 1, 0.0), (leaf, 2, 0.3), (strided, 8, 0.5), (weight[:0], 3, 0.1)]
     return [(weight, grad), (half, weight), (leaf, nn.Parameter(grad.clone())), (strided, grad), (weight[:0], grad[:0])]
 
 
-NAMES = ["group_saliency", "foreach_group_saliency_", "gather_slice", "kl_divergence", "kl_divergence_state"]
+NAMES = [
+    "group_saliency",
+    "foreach_group_saliency_",
+    "gather_slice",
+    "kl_divergence",
+    "kl_divergence_state",
+    "mixture_bounds",
+]
 
 
 @pytest.mark.parametrize("name", NAMES)

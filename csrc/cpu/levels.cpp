@@ -10,6 +10,8 @@ namespace nirvana {
   void row_sums(const Reduction&, int64_t, int64_t, int, double*, int64_t);                     \
   void column_sums(const Reduction&, int64_t, int64_t, int64_t, int64_t, int, double*, int64_t); \
   void divergence(const Matrix&, const Matrix&, int64_t, int64_t, double*);                     \
+  void mixture_sums(const float*, int64_t, const Mixture&, MixtureSums*);                        \
+  void mixture_density(const float*, int64_t, const Mixture&, double*);                         \
   bool compress(const char*, const uint16_t*, int64_t, int, char*, int64_t);                    \
   uint64_t checksum(const char*, const char*, int64_t);                                         \
   }
@@ -23,7 +25,8 @@ NIRVANA_DECLARE(avx512)
 namespace {
 
 #define NIRVANA_KERNELS(level) \
-  {#level, level::row_sums, level::column_sums, level::divergence, level::compress, level::checksum}
+  {#level, level::row_sums, level::column_sums, level::divergence, level::mixture_sums, level::mixture_density, \
+   level::compress, level::checksum}
 const Kernels kLevels[] = {
     NIRVANA_KERNELS(baseline),
 #ifdef NIRVANA_X86_LEVELS

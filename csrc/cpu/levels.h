@@ -6,6 +6,7 @@
 
 #include <cstdint>
 
+#include "mixture.h"
 #include "saliency.h"
 
 namespace nirvana {
@@ -26,6 +27,12 @@ struct Kernels {
   // The five running sums of one row of two matrices of logits; fp32 terms, 64 lanes over blocks of 1024 words, then
   // fp64.
   void (*divergence)(const Matrix& p, const Matrix& q, int64_t row, int64_t vocabulary, double* state);
+
+  // What a step of expectation-maximisation needs of `length` scores; fp32 terms, 16 lanes over 32 terms, then fp64.
+  void (*mixture_sums)(const float* scores, int64_t length, const Mixture& mixture, MixtureSums* sums);
+
+  // Log-density of each score.
+  void (*mixture_density)(const float* scores, int64_t length, const Mixture& mixture, double* density);
 
   // Copies the elements of a row whose bit in `kept` is set (bit c % 16 of word c / 16), in order; there are `width` of them.
   // False, and nothing done, where this level has no instruction for elements of that size.

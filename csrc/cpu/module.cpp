@@ -9,6 +9,7 @@
 #include "divergence.h"
 #include "gather.h"
 #include "levels.h"
+#include "mixture.h"
 #include "saliency.h"
 
 namespace py = pybind11;
@@ -40,7 +41,7 @@ auto rows_of(const std::vector<int64_t>& table, size_t fields, const Read& read)
 PYBIND11_MODULE(_cpu, module) {
   module.doc() = "C++ kernels for CPU tensors; called by nirvana.ops.backends.cpu";
   // Raised with every change of a signature below; Python refuses a build of another number.
-  module.attr("INTERFACE") = 1;
+  module.attr("INTERFACE") = 2;
 
   module.def(
       "group_saliency",
@@ -70,6 +71,13 @@ PYBIND11_MODULE(_cpu, module) {
     py::gil_scoped_release release;
     nirvana::kl_divergence(logits.at(0), logits.at(1), tokens, vocabulary, address<float*>(out),
                            address<double*>(state), threads);
+  });
+
+  module.def("mixture_bounds", [](int64_t scores, int64_t low, int64_t high, int64_t components, int64_t units,
+                                  int64_t length, int most, int64_t low_density, int threads) {
+    py::gil_scoped_release release;
+    nirvana::mixture_bounds(address<const float*>(scores), units, length, most, low_density, address<float*>(low),
+                            address<float*>(high), address<int32_t*>(components), threads);
   });
 
   module.def("read_bytes", [](int64_t first, int64_t second, int64_t bytes, int threads) {

@@ -26,7 +26,7 @@ std::vector<nirvana::GatherMatrix> gather_matrices(const py::list& matrices) {
 }  // namespace
 
 PYBIND11_MODULE(_cuda, module) {
-  module.attr("INTERFACE") = 1;
+  module.attr("INTERFACE") = 2;
   module.attr("TILES") = py::make_tuple(py::make_tuple(nirvana::kAxis0Rows, nirvana::kAxis0Columns),
                                         py::make_tuple(nirvana::kAxis1Rows, nirvana::kAxis1Columns));
 

@@ -11,16 +11,19 @@ summation trees differ), within fp32 rounding; `gather_slice` copies, so its bit
 from nirvana.ops.backends import status, use_backend
 from nirvana.ops.divergence import kl_divergence, linear_kl_divergence
 from nirvana.ops.gather import gather_slice
+from nirvana.ops.mixture import MixtureBounds, mixture_bounds
 from nirvana.ops.saliency import STATISTICS, SaliencyEntry, foreach_group_saliency, group_saliency
 
 __all__ = [
     "STATISTICS",
+    "MixtureBounds",
     "SaliencyEntry",
     "foreach_group_saliency",
     "gather_slice",
     "group_saliency",
     "kl_divergence",
     "linear_kl_divergence",
+    "mixture_bounds",
     "status",
     "use_backend",
 ]

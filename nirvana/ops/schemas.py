@@ -23,6 +23,10 @@ LIBRARY.define(
 LIBRARY.define("gather_slice(Tensor[] weights, Tensor kept, int axis, int unit) -> Tensor[]")
 LIBRARY.define("kl_divergence(Tensor logits_p, Tensor logits_q) -> Tensor")
 LIBRARY.define("kl_divergence_state(Tensor logits_p, Tensor logits_q) -> Tensor")
+LIBRARY.define(
+    "mixture_bounds(Tensor scores, int max_components, float density_fraction) -> (Tensor low, Tensor high, "
+    "Tensor components)"
+)
 
 
 def traced(*tensors: Tensor) -> bool:
@@ -76,3 +80,9 @@ def _(logits_p: Tensor, logits_q: Tensor) -> Tensor:
 @torch.library.register_fake("nirvana::kl_divergence_state", lib=LIBRARY)
 def _(logits_p: Tensor, logits_q: Tensor) -> Tensor:
     return logits_p.new_empty((5, logits_p.shape[0]), dtype=torch.float64)
+
+
+@torch.library.register_fake("nirvana::mixture_bounds", lib=LIBRARY)
+def _(scores: Tensor, max_components: int, density_fraction: float) -> tuple[Tensor, Tensor, Tensor]:
+    low, high = (scores.new_empty(scores.shape[:1], dtype=torch.float32) for _ in range(2))
+    return low, high, scores.new_empty(scores.shape[:1], dtype=torch.int32)

@@ -1,4 +1,4 @@
-#include "lanes.h"
+#include "exponential.h"
 
 namespace nirvana {
 namespace NIRVANA_LEVEL {
@@ -11,31 +11,11 @@ constexpr int kChains = 4;
 
 constexpr float kInfinity = __builtin_inff();
 
-NIRVANA_INLINE Floats greater(Floats a, Floats b) { return select(a > b, a, b); }
-
 NIRVANA_INLINE float greatest(Floats value) {
   float lanes[kLanes];
   std::memcpy(lanes, &value, sizeof lanes);
   for (int lane = 1; lane < kLanes; ++lane) lanes[0] = lanes[lane] > lanes[0] ? lanes[lane] : lanes[0];
   return lanes[0];
-}
-
-// e^x for x <= 0, 0 below -87 (where e^x is 1e-38 of the largest term), NaN for NaN. Relative error at most 1.2e-7.
-// Cody and Waite: x = n ln 2 + r, e^r from its Taylor series to r^7 / 7! (|r| <= 0.35: 2e-9), 2^n put together from bits.
-NIRVANA_INLINE Floats exponential(Floats x) {
-  constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it leaves the nearest integer in the low bits
-  const Floats shifted = x * 1.44269504f + kRound;
-  const Floats n = shifted - kRound;
-  // ln 2 in two parts; n * 0.693359375 is exact.
-  const Floats r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
-  Floats tail = r * (1.0f / 5040) + 1.0f / 720;
-  tail = tail * r + 1.0f / 120;
-  tail = tail * r + 1.0f / 24;
-  tail = tail * r + 1.0f / 6;
-  tail = tail * r + 0.5f;
-  const Floats value = (tail * r * r + r) + 1.0f;
-  const Floats scale = bits_of<FloatRegister>((bits_of<IntRegister>(shifted) + (127 - 0x4b400000)) << 23);
-  return select(x < -87.0f, all(0.0f), value * scale);
 }
 
 // Running sums of one token; see nirvana/ops/divergence.py.

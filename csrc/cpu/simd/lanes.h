@@ -89,6 +89,7 @@ NIRVANA_INLINE Lanes<Register> read_lanes(const void* data) {
 NIRVANA_LANEWISE(Floats, operator+, Floats, Floats, a.part[i] + b.part[i])
 NIRVANA_LANEWISE(Floats, operator-, Floats, Floats, a.part[i] - b.part[i])
 NIRVANA_LANEWISE(Floats, operator*, Floats, Floats, a.part[i] * b.part[i])
+NIRVANA_LANEWISE(Floats, operator/, Floats, Floats, a.part[i] / b.part[i])
 NIRVANA_LANEWISE(Floats, operator+, Floats, float, a.part[i] + b)
 NIRVANA_LANEWISE(Floats, operator-, Floats, float, a.part[i] - b)
 NIRVANA_LANEWISE(Floats, operator*, Floats, float, a.part[i] * b)

@@ -1,6 +1,6 @@
 """Which kernels serve an operator: the choice of backend, and why one is missing.
 
-A backend is a module with the four functions of `Kernels`. They get tensors in normal form, checked, on one device and
+A backend is a module with the five functions of `Kernels`. They get tensors in normal form, checked, on one device and
 not empty: matrices whose last stride is 1 (or whose last dimension is); a bias is a matrix of one row.
 """
 
@@ -56,6 +56,12 @@ class Kernels(Protocol):
     def divergence_state(self, logits_p: Tensor, logits_q: Tensor, state: Tensor) -> None:
         """Write what `nirvana.ops.divergence.merge` adds up over chunks of the vocabulary, fp64 ``[5, tokens]``."""
 
+    def mixture(
+        self, scores: Tensor, max_components: int, low_density: int, low: Tensor, high: Tensor, components: Tensor
+    ) -> None:
+        """Write `nirvana.ops.mixture_bounds` of each row of `scores`, fp32 ``[units, m]``, contiguous; `low_density` of
+        a row's scores are low-density at most."""
+
 
 def _why_no_torch() -> str | None:
     return None
@@ -81,7 +87,7 @@ def _why_no_cuda() -> str | None:
 
 
 #: Interface between the Python and the C++ side; a module of another number is refused, not called.
-NATIVE_INTERFACE = 1
+NATIVE_INTERFACE = 2
 
 
 def _why_not_built(name: str, needs: str) -> str | None:

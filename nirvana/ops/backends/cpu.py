@@ -43,6 +43,13 @@ def divergence_state(logits_p: Tensor, logits_q: Tensor, state: Tensor) -> None:
     _divergence(logits_p, logits_q, 0, state.data_ptr())
 
 
+def mixture(
+    scores: Tensor, max_components: int, low_density: int, low: Tensor, high: Tensor, components: Tensor
+) -> None:
+    addresses = [tensor.data_ptr() for tensor in (scores, low, high, components)]
+    _cpu.mixture_bounds(*addresses, *scores.shape, max_components, low_density, torch.get_num_threads())
+
+
 def _divergence(logits_p: Tensor, logits_q: Tensor, out: int, state: int) -> None:
     matrices = [*_matrix(logits_p), *_matrix(logits_q)]
     _cpu.kl_divergence(matrices, *logits_p.shape, out, state, torch.get_num_threads())

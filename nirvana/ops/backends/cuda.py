@@ -16,7 +16,10 @@ from torch import Tensor
 
 from nirvana import _cuda
 from nirvana.ops.backends import Matrices
+from nirvana.ops.backends.reference_mixture import mixture  # no kernel of its own yet
 from nirvana.ops.saliency import STATISTICS
+
+__all__ = ["build_table", "divergence", "divergence_state", "gather", "mixture", "saliency"]
 
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 

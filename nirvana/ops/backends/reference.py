@@ -8,7 +8,10 @@ import torch
 from torch import Tensor
 
 from nirvana.ops.backends import Matrices
+from nirvana.ops.backends.reference_mixture import mixture
 from nirvana.ops.saliency import STATISTICS
+
+__all__ = ["divergence", "divergence_state", "gather", "mixture", "saliency"]
 
 _TERMS = {
     "taylor": lambda w, g: (g * w).abs_(),
