@@ -83,7 +83,7 @@ def _mixture(count: int, seed: int | None, z: Tensor, cuts: list[int]) -> Any:
     parts = [z[a:b] for a, b in itertools.pairwise(cuts)]
     return GaussianMixture(
         count,
-        weights_init=torch.tensor([len(part) / len(z) for part in parts]).double().numpy(),
+        weights_init=torch.tensor([len(part) / len(z) for part in parts], dtype=torch.float64).numpy(),
         means_init=torch.stack([part.mean() for part in parts])[:, None].numpy(),
         precisions_init=torch.stack([1 / (part.var(correction=0) + 1e-6) for part in parts])[:, None, None].numpy(),
         init_params="random_from_data",  # of no effect beside the three above

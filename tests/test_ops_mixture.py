@@ -144,9 +144,9 @@ def test_an_outlier_is_cut(device):
 
 
 def test_a_low_density_score_between_dense_ones_is_no_outlier(device):
-    row = torch.cat([separated(2, 200), torch.full((2,), 10.0)])
-    low, high, count = mixture_bounds(row[None].to(device), density_fraction=0.01)
-    assert count.item() >= 2
+    row = torch.cat([separated(2, 200), torch.tensor([10.0])])
+    low, high, count = mixture_bounds(row[None].to(device), max_components=2, density_fraction=1.5 / 201)
+    assert count.item() == 2
     assert (low.item(), high.item()) == (row.min().item(), row.max().item())
 
 
@@ -202,15 +202,16 @@ def test_scale_shift_and_sign(device):
 
 
 @pytest.mark.usefixtures("restored_threads")
-def test_bits_depend_neither_on_threads_nor_on_neighbours_nor_on_the_order(device):
-    rows = heavy_tails(30, 777).to(device)
+@pytest.mark.parametrize("shape", [(12, 333), (1, 33_000)], ids=str)
+def test_bits_depend_neither_on_threads_nor_on_neighbours_nor_on_the_order(device, shape):
+    rows = heavy_tails(*shape).to(device)
     results = []
-    for threads in (1, 1, 2, 3, 8):
+    for threads in (1, 1, 2, 3):
         torch.set_num_threads(threads)
         results.append(mixture_bounds(rows))
     torch.set_num_threads(2)
     results.append(MixtureBounds(*map(torch.cat, zip(*(mixture_bounds(row[None]) for row in rows), strict=True))))
-    order = torch.randperm(777, generator=torch.Generator().manual_seed(0)).to(device)
+    order = torch.randperm(shape[1], generator=torch.Generator().manual_seed(0)).to(device)
     results.append(mixture_bounds(rows[:, order]))
     for other in results[1:]:
         assert all(map(equal_bits, results[0], other))

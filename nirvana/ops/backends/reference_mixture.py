@@ -32,10 +32,20 @@ def mixture(
 
 
 def _standardise(ordered: Tensor) -> Tensor:
-    spread = ordered.var(1, correction=0, keepdim=True).sqrt()
+    centred = ordered - _mean(ordered)
+    spread = _mean(centred.square()).sqrt()
     # The mean of equal numbers may be off by a rounding.
     spread = torch.where((ordered[:, :1] == ordered[:, -1:]) | (spread == 0), 1.0, spread)
-    return (ordered - ordered.mean(1, keepdim=True)) / spread
+    return centred / spread
+
+
+def _mean(terms: Tensor) -> Tensor:
+    return _sum(terms)[:, None] / terms.shape[1]
+
+
+def _sum(terms: Tensor) -> Tensor:
+    # In parts, because torch splits a sum of more than 32 767 terms to one value between its threads.
+    return torch.stack([part.sum(-1) for part in terms.split(16384, -1)]).sum(0)
 
 
 def _ends(dense: Tensor) -> tuple[Tensor, Tensor]:
@@ -53,7 +63,7 @@ def _choose(z: Tensor, distinct: Tensor, max_components: int, density: Tensor) -
         if k > 1:
             cuts = _kmeans(z, cuts)
         mine = _fit(z, cuts)
-        bic = -2 * mine.sum(1) + (3 * k - 1) * math.log(z.shape[1])
+        bic = -2 * _sum(mine) + (3 * k - 1) * math.log(z.shape[1])
         better = (bic < best) & (k <= distinct)
         best = torch.where(better, bic, best)
         chosen = torch.where(better, k, chosen)
@@ -98,7 +108,7 @@ def _fit(z: Tensor, cuts: Tensor) -> Tensor:
         updates = _maximise(z[running], (logs - density[:, None]).exp())
         for parameter, update in zip(parameters, updates, strict=True):
             parameter[running] = update
-        likelihood = density.mean(1)
+        likelihood = _mean(density)[:, 0]
         changed = (likelihood - before[running]).abs() >= TOLERANCE
         before[running] = likelihood
         running = running[changed]
@@ -109,9 +119,9 @@ def _fit(z: Tensor, cuts: Tensor) -> Tensor:
 
 def _maximise(z: Tensor, shares: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Weights, means and variances ``[rows, k]``."""
-    mass = shares.sum(2) + 10 * torch.finfo(torch.float64).eps
-    means = (shares @ z[:, :, None])[:, :, 0] / mass
-    variances = (shares * (z[:, None] - means[:, :, None]).square()).sum(2) / mass + VARIANCE_FLOOR
+    mass = _sum(shares) + 10 * torch.finfo(torch.float64).eps
+    means = _sum(shares * z[:, None]) / mass
+    variances = _sum(shares * (z[:, None] - means[:, :, None]).square()) / mass + VARIANCE_FLOOR
     return mass / mass.sum(1, keepdim=True), means, variances
 
 
