@@ -202,17 +202,21 @@ def test_scale_shift_and_sign(device):
 
 
 @pytest.mark.usefixtures("restored_threads")
-@pytest.mark.parametrize("shape", [(12, 333), (1, 33_000)], ids=str)
-def test_bits_depend_neither_on_threads_nor_on_neighbours_nor_on_the_order(device, shape):
+@pytest.mark.parametrize(("shape", "most"), [((8, 200), 5), ((1, 33_000), 1)], ids=str)
+def test_bits_depend_neither_on_threads_nor_on_neighbours_nor_on_the_order(device, shape, most):
     rows = heavy_tails(*shape).to(device)
     results = []
     for threads in (1, 1, 2, 3):
         torch.set_num_threads(threads)
-        results.append(mixture_bounds(rows))
+        results.append(mixture_bounds(rows, max_components=most))
     torch.set_num_threads(2)
-    results.append(MixtureBounds(*map(torch.cat, zip(*(mixture_bounds(row[None]) for row in rows), strict=True))))
+    results.append(
+        MixtureBounds(
+            *map(torch.cat, zip(*(mixture_bounds(row[None], max_components=most) for row in rows), strict=True))
+        )
+    )
     order = torch.randperm(shape[1], generator=torch.Generator().manual_seed(0)).to(device)
-    results.append(mixture_bounds(rows[:, order]))
+    results.append(mixture_bounds(rows[:, order], max_components=most))
     for other in results[1:]:
         assert all(map(equal_bits, results[0], other))
 
