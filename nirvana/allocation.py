@@ -64,10 +64,15 @@ def allocate(
     """
     rule = WidthRule(sparsity, gamma, rounding, align, scope, allocation, max_widths, tensor_parallel)
     architecture = describe(model)
-    table = {block.name: _check_scores(scores, block) for block in architecture.blocks}
+    table = checked_scores(scores, architecture)
     kept, held = keep_units(rule, architecture, table)
     settings = {**asdict(rule), "kept_saliency": held, **getattr(scores, "settings", {})}
     return make_plan(architecture, kept, settings)
+
+
+def checked_scores(scores: Mapping[str, Tensor], architecture: Architecture) -> dict[str, Tensor]:
+    """Block name -> fp32 ``[units]`` on the CPU; raises NirvanaError unless they fit the model and are finite."""
+    return {block.name: _check_scores(scores, block) for block in architecture.blocks}
 
 
 def make_plan(architecture: Architecture, kept: Mapping[str, tuple[int, ...]], settings: dict[str, Any]) -> PruningPlan:

@@ -77,14 +77,15 @@ def add_scoring(parser: ArgumentParser) -> None:
     group.add_argument(
         "--objective",
         metavar="NAME",
-        help=f"{', '.join(OBJECTIVES)} (default: the criterion's own, max-logit for nirvana, nll for mask-...)",
+        help=f"{', '.join(OBJECTIVES)} (default: the criterion's own, max-logit for nirvana, else nll)",
     )
     group.add_argument(
         "--micro-batch",
         type=int,
         metavar="N",
-        help="examples per forward pass (default: all; mask-... takes 512 tokens at a time). Same scores, fewer "
-        "activations; costs nirvana an fp32 buffer as large as the prunable weights, and mask-... nothing",
+        help="examples per forward pass (default: all; mask-... and criteria without gradients take 512 tokens at a "
+        "time, taylor2 one example). Same scores, fewer activations; costs nirvana and llm-pruner an fp32 buffer as "
+        "large as the prunable weights, and others nothing",
     )
 
 

@@ -1,41 +1,35 @@
-"""How weights, activations and gradients become scores. A criterion is one entry of CRITERIA."""
+'''The registry of criteria. A new criterion is one file and one line.
+
+The file, for example nirvana/saliency/rivals/peak.py, scores a unit by the largest weight that goes with it::
+
+    from nirvana.saliency.kinds import WeightCriterion
+
+
+    def _peak(weight, gradient, part, scores):
+        """Rows (axis 0) or columns of each unit side by side, then the largest |w|."""
+        units = weight.reshape(len(scores), -1) if part.axis == 0 else weight.T.reshape(len(scores), -1)
+        scores.copy_(scores.maximum(units.abs().amax(1)))
+
+
+    CRITERION = WeightCriterion(_peak)
+
+The line, in `CRITERIA` below (or, in a program of your own, ``CRITERIA["peak"] = ...`` before `nirvana.score`)::
+
+    "peak": peak.CRITERION,
+
+From then on ``nirvana score --criterion peak`` and every other command take it, also in sums like nirvana+peak. A rule
+that needs gradients says which objective it differentiates, ``WeightCriterion(_peak, objective="nll")``, and gets them
+in `gradient`; rules on unit masks and on activations are the other kinds in `nirvana.saliency.kinds`.
+'''
 
 from __future__ import annotations
-
-from collections.abc import Callable
-from dataclasses import dataclass
 
 from torch import Tensor
 
 from nirvana.architectures import Slice
 from nirvana.ops import group_saliency
-
-
-@dataclass(frozen=True)
-class WeightCriterion:
-    """A rule that adds one tensor's share to the scores of its units.
-
-    Attributes:
-        add: called with (weight, gradient or None, slice, scores fp32 ``[units]``); adds to the scores in place.
-        objective: what is differentiated unless another is asked for; empty for a rule that needs no gradients.
-    """
-
-    add: Callable[[Tensor, Tensor | None, Slice, Tensor], None]
-    objective: str = ""
-
-
-@dataclass(frozen=True)
-class MaskCriterion:
-    """A rule that adds the share of some examples to the scores of a block's units.
-
-    Attributes:
-        add: called with (m fp32 ``[examples, units]``, scores fp32 ``[units]``); adds to the scores in place. m_nj is
-            the derivative of the objective by a mask on unit j in example n (`nirvana.saliency.masks`).
-        objective: what is differentiated unless another is asked for.
-    """
-
-    add: Callable[[Tensor, Tensor], None]
-    objective: str
+from nirvana.saliency.kinds import Criterion, MaskCriterion, WeightCriterion
+from nirvana.saliency.rivals import cfsp, flap, llm_pruner, lorap, magnitude_l2, taylor2, wanda_sp
 
 
 def _nirvana(weight: Tensor, gradient: Tensor | None, part: Slice, scores: Tensor) -> None:
@@ -58,11 +52,19 @@ def _mask_abs(masks: Tensor, scores: Tensor) -> None:
     scores += masks.abs().sum(0)
 
 
-CRITERIA: dict[str, WeightCriterion | MaskCriterion] = {
+CRITERIA: dict[str, Criterion] = {
     "nirvana": WeightCriterion(_nirvana, objective="max-logit"),
     "magnitude": WeightCriterion(_magnitude),
     "mask-fisher": MaskCriterion(_mask_fisher, objective="nll"),
     "mask-abs": MaskCriterion(_mask_abs, objective="nll"),
+    "magnitude-l2": magnitude_l2.CRITERION,
+    "llm-pruner": llm_pruner.ELEMENTS,
+    "llm-pruner-vector": llm_pruner.VECTORS,
+    "taylor2": taylor2.CRITERION,
+    "wanda-sp": wanda_sp.CRITERION,
+    "flap": flap.CRITERION,
+    "cfsp": cfsp.CRITERION,
+    "lorap": lorap.CRITERION,
 }
 
 #: Needs neither weights nor gradients; `score` draws it from the seed.

@@ -24,6 +24,11 @@ def check_request(model: PreTrainedModel, objective: str, tokens: Tensor, micro_
     """Raise NirvanaError unless there is such an objective and the batch is one for this model."""
     if objective not in OBJECTIVES:
         raise NirvanaError(f"--objective {objective!r} is unknown; known are {', '.join(OBJECTIVES)}")
+    check_batch(model, tokens, micro_batch)
+
+
+def check_batch(model: PreTrainedModel, tokens: Tensor, micro_batch: int | None) -> None:
+    """Raise NirvanaError unless the batch is one for this model."""
     if micro_batch is not None and micro_batch < 1:
         raise NirvanaError(f"--micro-batch {micro_batch} must be at least 1")
     check_tokens(tokens, model.config)

@@ -14,20 +14,22 @@ from nirvana.calibration.manifest import tokens_sha256
 from nirvana.diagnosis import faulty_parameter
 from nirvana.errors import NirvanaError
 from nirvana.saliency.combination import combine
-from nirvana.saliency.criteria import CRITERIA, RANDOM, MaskCriterion
+from nirvana.saliency.criteria import CRITERIA, RANDOM
+from nirvana.saliency.kinds import ActivationCriterion, MaskCriterion
 from nirvana.saliency.masks import walk_masks
+from nirvana.saliency.measured import score_activations
 from nirvana.saliency.objectives import OBJECTIVES
-from nirvana.saliency.passes import check_request
+from nirvana.saliency.passes import check_batch, check_request
 from nirvana.saliency.scores import Saliency
 from nirvana.saliency.steps import rescaled
-from nirvana.saliency.walk import walk
+from nirvana.saliency.walk import walk, walk_examples
 
 CRITERION_NAMES = (*CRITERIA, RANDOM)
 
 
 def needs_calibration(criterion: str) -> bool:
-    """Whether the criterion, or one of "a+b", differentiates an objective and so needs a calibration batch."""
-    return any(name in CRITERIA and CRITERIA[name].objective for name in criterion.split("+"))
+    """Whether the criterion, or one of "a+b", reads a calibration batch: differentiates on it, or only runs on it."""
+    return any(name in CRITERIA and CRITERIA[name].reads_tokens for name in criterion.split("+"))
 
 
 def score(
@@ -49,16 +51,18 @@ def score(
     Args:
         model: a supported model with its language-model head, in any floating-point type, on any device. It is left
             as it was found.
-        tokens: calibration batch, int64 ``[examples, tokens]``. Not needed by "magnitude" and "random".
+        tokens: calibration batch, int64 ``[examples, tokens]``. Not needed by "magnitude...", and "random".
         criterion: "nirvana" (sum of |gradient x weight|), "mask-fisher" (sum over examples of m_nj^2), "mask-abs" (sum
-            over examples of |m_nj|), "magnitude" (sum of |weight|) or "random"; or several, as "nirvana+mask-fisher":
-            the mean of their ranks (`combine`).
+            over examples of |m_nj|), "magnitude" (sum of |weight|) or "random"; those of other papers in
+            `nirvana.saliency.rivals`: "magnitude-l2", "llm-pruner", "llm-pruner-vector", "taylor2" (a backward pass an
+            example), "wanda-sp", "flap", "cfsp", "lorap" (one forward pass); or several, as "nirvana+mask-fisher": the
+            mean of their ranks (`combine`).
         objective: the scalar that is differentiated: "max-logit" (as published) or "nll". None takes the criterion's
-            own: max-logit for nirvana, nll for mask-fisher and mask-abs.
+            own: max-logit for nirvana, nll for all others that differentiate.
         attention_mask: ``[examples, tokens]``, 0 where a short example is padded; padding counts for nothing.
-        micro_batch: examples per forward pass. Same scores. nirvana takes all at once unless told, and pays an fp32
-            buffer the size of the prunable weights for more passes; mask-fisher and mask-abs pay nothing and take 512
-            tokens at a time.
+        micro_batch: examples per forward pass. Same scores. nirvana and llm-pruner take all at once unless told, and
+            pay an fp32 buffer the size of the prunable weights for more passes; taylor2 takes one at a time always;
+            all others pay nothing and take 512 tokens at a time.
         seed: of the "random" criterion.
         progress: called as often as the model has tensors that are scored.
 
@@ -66,17 +70,23 @@ def score(
         Block name -> fp32 ``[units]`` on the CPU, larger = keep.
 
     Raises:
-        NirvanaError: unknown names, token ids beyond the vocabulary, or NaN and infinity in weights or gradients.
+        NirvanaError: unknown names, an objective for a criterion that differentiates nothing, token ids beyond the
+            vocabulary, or NaN and infinity in weights, activations or gradients.
     """
     names = criterion.split("+")
-    if not all(name in CRITERION_NAMES for name in names) or len(set(names)) < len(names):
-        known = f"known are {', '.join(CRITERION_NAMES)}, and several of them as a+b"
+    every = (*CRITERIA, RANDOM)  # with those that were registered since
+    if not all(name in every for name in names) or len(set(names)) < len(names):
+        known = f"known are {', '.join(every)}, and several of them as a+b"
         raise NirvanaError(f"--criterion {criterion!r} is unknown; {known}")
     architecture = describe(model)
     if len(names) > 1:
-        options = {"objective": objective, "attention_mask": attention_mask, "micro_batch": micro_batch, "seed": seed}
-        share = rescaled(progress, len(names), 1)
-        parts = [score(model, tokens, criterion=name, progress=share, **options) for name in names]
+        options = {"attention_mask": attention_mask, "micro_batch": micro_batch, "seed": seed}
+        options["progress"] = rescaled(progress, len(names), 1)
+        differentiated = {name: name in CRITERIA and CRITERIA[name].objective for name in names}
+        parts = [
+            score(model, tokens, criterion=name, objective=objective if differentiated[name] else None, **options)
+            for name in names
+        ]
         combined = combine(parts, how="rank-mean", model=architecture)
         return Saliency(combined, {"criterion": criterion, **combined.settings})
     if criterion == RANDOM:
@@ -99,24 +109,39 @@ def score(
             fault = f"the gradient of {what} holds NaN or infinity in {model.dtype}; use --dtype float32"
             raise NirvanaError(faulty_parameter(model) or fault)
 
-    if not rule.objective:
+    if not rule.reads_tokens:
         for block in architecture.blocks:
             for part in block.slices:
                 if part.scored:
                     reduce_weight(block.name, part, model.get_parameter(part.tensor).detach(), None)
                     progress()
         return Saliency({name: values.cpu() for name, values in scores.items()}, settings)
+    runs_only = isinstance(rule, ActivationCriterion)
+    if runs_only and objective is not None:
+        raise NirvanaError(
+            f"--objective {objective}: criterion {criterion!r} differentiates nothing; leave --objective out"
+        )
     objective = rule.objective if objective is None else objective
     if tokens is None:
         raise NirvanaError(f"criterion {criterion!r} needs a calibration batch")
-    check_request(model, objective, tokens, micro_batch)
+    if runs_only:
+        check_batch(model, tokens, micro_batch)
+    else:
+        check_request(model, objective, tokens, micro_batch)
+        settings["objective"] = objective
     settings |= {
-        "objective": objective,
         "calibration_shape": list(tokens.shape),
         "calibration_sha256": tokens_sha256(tokens),
     }
+    if runs_only:
+        measured, found = score_activations(model, architecture, rule, tokens, attention_mask, micro_batch, progress)
+        return Saliency(measured, settings | found)
     way, reduce = (walk_masks, reduce_masks) if isinstance(rule, MaskCriterion) else (walk, reduce_weight)
+    if way is walk and rule.per_example:
+        way = walk_examples
     way(model, architecture, OBJECTIVES[objective], tokens, attention_mask, micro_batch, reduce, progress)
+    if way is walk_examples:
+        scores = {name: values / len(tokens) for name, values in scores.items()}
     return Saliency({name: values.cpu() for name, values in scores.items()}, settings)
 
 

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 from nirvana.architectures import Architecture, Slice
 from nirvana.saliency.objectives import Objective
 from nirvana.saliency.passes import backward_passes, layers_checkpointed, only_these_learn
+from nirvana.saliency.steps import rescaled
 
 Reduce = Callable[[str, Slice, Tensor, Tensor], None]
 
@@ -78,3 +79,29 @@ def walk(
             value += run()
             done += 1
     return value
+
+
+def walk_examples(
+    model: PreTrainedModel,
+    architecture: Architecture,
+    objective: Objective,
+    tokens: Tensor,
+    attention_mask: Tensor | None,
+    micro_batch: int | None,
+    reduce: Reduce,
+    progress: Callable[[], None] = lambda: None,
+) -> float:
+    """`walk` of each example alone, by the example's own objective: `reduce` is called once a weight and example.
+
+    One backward pass an example, whatever `micro_batch` says: gradients of examples that share a pass are summed.
+
+    Returns:
+        The mean of the examples' objectives.
+    """
+    share = rescaled(progress, len(tokens), 1)
+    total = 0.0
+    for index in range(len(tokens)):
+        row = slice(index, index + 1)
+        mask = None if attention_mask is None else attention_mask[row]
+        total += walk(model, architecture, objective, tokens[row], mask, None, reduce, share)
+    return total / len(tokens)

@@ -1,0 +1,65 @@
+"""How far each layer turns the residual stream: CFSP's coarse measure of a layer's importance, arXiv 2409.13199."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from nirvana.architectures.inputs import ModelInputs
+from nirvana.saliency.activations import in_encoder, positions
+
+
+class LayerAngles:
+    """Collects, for each layer, the sum over tokens of arccos(cos(input, output)) / pi.
+
+    Read between a layer's own input and output: transformers' last hidden state lies behind the final norm, which would
+    make the last layer look more important than it is.
+    """
+
+    def __init__(self):
+        self._sums: dict[str, Tensor] = {}
+        self._tokens: dict[str, int] = {}
+
+    @contextlib.contextmanager
+    def watch(self, model: PreTrainedModel, inputs: Callable[[], ModelInputs]) -> Iterator[None]:
+        """For `walk_activations`."""
+        with contextlib.ExitStack() as stack:
+            for name, module in model.named_modules():
+                # A layer is what transformers would checkpoint.
+                if isinstance(module, GradientCheckpointingLayer):
+                    hook = functools.partial(self._collect, name, in_encoder(model, module), inputs)
+                    stack.callback(module.register_forward_hook(hook, with_kwargs=True).remove)
+            yield
+
+    def mean(self) -> dict[str, float]:
+        """Layer name -> mean over tokens, from 0 (unchanged) to 1 (turned round)."""
+        return {name: float(total) / self._tokens[name] for name, total in self._sums.items()}
+
+    def _collect(
+        self,
+        name: str,
+        encoder: bool,
+        inputs: Callable[[], ModelInputs],
+        module: nn.Module,
+        arguments: tuple,
+        keywords: dict,
+        result: Tensor | tuple,
+    ) -> None:
+        before = arguments[0] if arguments else keywords["hidden_states"]
+        after = result[0] if isinstance(result, tuple) else result
+        real = positions(inputs(), encoder)
+        cosine = F.cosine_similarity(before[real].double(), after[real].double(), dim=-1).clamp(-1, 1)
+        self._sums[name] = self._sums.get(name, 0) + (cosine.acos() / torch.pi).sum()
+        self._tokens[name] = self._tokens.get(name, 0) + len(cosine)
+
+
+def layer_of(block: str, layers: list[str]) -> str:
+    """The layer that a block belongs to: ``model.layers.0.mlp`` -> ``model.layers.0``."""
+    return next(layer for layer in layers if block.startswith(f"{layer}."))

@@ -1,0 +1,1 @@
+"""Criteria of other papers, one file each. Where published code is wrong, the corrected form stands here."""
