@@ -13,7 +13,7 @@ from nirvana.architectures import Architecture, Block, Slice
 from nirvana.architectures.inputs import ModelInputs, model_inputs
 from nirvana.diagnosis import why_not_finite
 from nirvana.errors import NirvanaError
-from nirvana.patching import evaluation_mode, forward_replaced
+from nirvana.patching import evaluation_mode, head_hands_on
 
 #: Tokens per pass unless the caller says how many examples; as `nirvana.saliency.masks`.
 PASS_TOKENS = 512
@@ -98,8 +98,7 @@ def walk_activations(
     with contextlib.ExitStack() as stack:
         stack.enter_context(torch.no_grad())
         stack.enter_context(evaluation_mode(model))
-        # The head hands its input on: no logits are needed.
-        stack.enter_context(forward_replaced(model.get_output_embeddings(), lambda forward: lambda hidden: hidden))
+        stack.enter_context(head_hands_on(model))  # no logits are needed
         for block in architecture.blocks:
             for readers, encoder in _readers(model, block, reads_inputs):
                 layer = model.get_submodule(_module(readers[0]))
