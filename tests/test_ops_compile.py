@@ -19,6 +19,7 @@ from nirvana.ops import (
     group_saliency,
     kl_divergence,
     linear_kl_divergence,
+    mixture_bounds,
 )
 
 pytest_plugins = ("operators",)
@@ -259,7 +260,7 @@ class Everything(nn.Module):
         foreach_group_saliency([SaliencyEntry(self.weight, grad, 0, 1, out)])
         scores = group_saliency(self.weight, grad, axis=1, group=2, statistics=("taylor", "signed"))
         (kept,) = gather_slice([self.weight], [2, 0], axis=1, unit=2)
-        return out, scores, kept, kl_divergence(self.weight, grad)
+        return out, scores, kept, kl_divergence(self.weight, grad), *mixture_bounds(grad)
 
 
 @pytest.mark.parametrize("strict", [False, True])
@@ -298,6 +299,7 @@ def forms_of_functions(weight: Tensor, grad: Tensor) -> list[Form]:
         group_saliency(weight, grad, axis=1, group=1, statistics=["ntk", "taylor"], out=out_many),
         kl_divergence(weight, grad),
         linear_kl_divergence(weight, weight[:4], grad, grad[:4], chunk=3),
+        *mixture_bounds(grad),
     )
 
 
@@ -310,6 +312,7 @@ def forms_of_operators(weight: Tensor, grad: Tensor) -> list[Form]:
         *OPS.gather_slice([weight, weight], kept, 0, 3),
         OPS.kl_divergence(weight, grad),
         OPS.kl_divergence_state(weight, grad),
+        *OPS.mixture_bounds(grad, 5, 0.02),
     )
 
 
@@ -318,7 +321,7 @@ def no_kernels(backend, monkeypatch):
     """A kernel that gets a tensor without memory would read at address 0: fail before that."""
     if backend != "torch":
         module = importlib.import_module(f"nirvana.ops.backends.{backend}")
-        for name in ("saliency", "gather", "divergence", "divergence_state"):
+        for name in ("saliency", "gather", "divergence", "divergence_state", "mixture"):
             monkeypatch.setattr(module, name, lambda *_, name=name: pytest.fail(f"{name} was called"))
 
 
