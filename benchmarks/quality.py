@@ -70,6 +70,7 @@ def ways() -> dict[str, dict[str, Any]]:
     listed |= {name: {"criterion": name} for name in ("+".join(CRITERIA), "random", "magnitude")}
     for part, options in PARTS.items():
         listed |= {f"{name} {part}": {"criterion": name, **options} for name in CRITERIA}
+    listed |= {f"{name} + repair": {"criterion": name, **PARTS["+ repair"]} for name in ("random", "magnitude")}
     return {name: {"repair": "none", **options} for name, options in listed.items()}
 
 
@@ -186,7 +187,7 @@ def rows(seeds: int, ablations: int) -> Iterator[tuple[int, str, float]]:
     slow = [f"{criterion} + steps" for criterion in (BEST, *CRITERIA)]
     for way in [*(way for way in ways() if way not in slow), *of_batches, *slow]:
         for seed in range(seeds if way in (*CRITERIA, "+".join(CRITERIA), BEST) else ablations):
-            if way != "magnitude" or seed == 0:  # there is nothing to draw
+            if way != "magnitude" or seed == 0:  # nothing is drawn
                 yield from ((seed, way, sparsity) for sparsity in SPARSITIES)
 
 
