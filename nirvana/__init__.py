@@ -15,6 +15,7 @@ from nirvana.checkpoint.check import CheckReport, check
 from nirvana.checkpoint.convert import apply_checkpoint
 from nirvana.checkpoint.load import load
 from nirvana.checkpoint.registration import register_pruned_types
+from nirvana.comparison import Comparison, compare
 from nirvana.compilation import compile_layers
 from nirvana.errors import NirvanaError
 from nirvana.export import Exported, export
@@ -29,6 +30,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "CheckReport",
+    "Comparison",
     "Exported",
     "NirvanaError",
     "PruneResult",
@@ -38,6 +40,7 @@ __all__ = [
     "apply",
     "apply_checkpoint",
     "check",
+    "compare",
     "compile_layers",
     "describe",
     "export",

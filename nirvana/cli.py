@@ -1,4 +1,4 @@
-"""The command line: ``nirvana prune | select | score | plan | apply | eval | export | check | info | bench``."""
+"""The command line: ``nirvana prune | select | score | plan | apply | eval | compare | ...``, see `COMMANDS`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from nirvana import __version__
-from nirvana.commands import apply, bench, check, eval, export, info, plan, prune, score, select
+from nirvana.commands import apply, bench, check, compare, eval, export, info, plan, prune, score, select
 from nirvana.errors import NirvanaError
 from nirvana.interruption import interruptions_kept
 from nirvana.models import resolve_device
@@ -27,6 +27,7 @@ COMMANDS = {
     "plan": plan,
     "apply": apply,
     "eval": eval,
+    "compare": compare,
     "export": export,
     "info": info,
     "check": check,

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from argparse import ArgumentParser, Namespace
+from argparse import ArgumentParser, Namespace, _ArgumentGroup
 from dataclasses import fields
 
 from nirvana.calibration.corpora import CORPUS_NAMES
 from nirvana.calibration.packing import PACKINGS
+from nirvana.comparison.cases import ALLOCATIONS as COMPARED_ALLOCATIONS
 from nirvana.gammas import read_gamma
 from nirvana.models import DTYPES
 from nirvana.ops.backends import AUTO, BACKENDS
 from nirvana.recipe import AUTO as SEARCHED
 from nirvana.recipe import PRESETS
+from nirvana.references import REFERENCES
 from nirvana.repair import METHODS, RIDGE
 from nirvana.saliency import CRITERION_NAMES, OBJECTIVES
 from nirvana.saliency.combination import WAYS
@@ -50,6 +52,91 @@ def add_backend(parser: ArgumentParser) -> None:
 
 def add_scoring(parser: ArgumentParser) -> None:
     group = parser.add_argument_group("scoring: which units matter")
+    _add_calibration(group)
+    group.add_argument(
+        "--criterion",
+        default="nirvana",
+        metavar="NAME",
+        help=f"{', '.join(CRITERION_NAMES)}, or several as a+b: the mean of their ranks (default: nirvana)",
+    )
+    group.add_argument(
+        "--objective",
+        metavar="NAME",
+        help=f"{', '.join(OBJECTIVES)} (default: the criterion's own, max-logit for nirvana, else nll)",
+    )
+    _add_micro_batch(group)
+
+
+def add_comparison(parser: ArgumentParser) -> None:
+    group = parser.add_argument_group("comparison: what is pruned, and how; each option takes several with commas")
+    group.add_argument(
+        "--criteria",
+        type=_names,
+        metavar="A,B,...",
+        help=f"{', '.join(CRITERION_NAMES)}, sums as a+b (default: all of these)"
+        + (f"; or references, which are no plans: {', '.join(REFERENCES)}" if REFERENCES else ""),
+    )
+    group.add_argument(
+        "--sparsity",
+        type=_numbers,
+        default=[0.2, 0.5],
+        metavar="P,...",
+        help="fractions of the prunable parameters (attention + MLP matrices) to remove (default: .2,.5)",
+    )
+    group.add_argument(
+        "--scope",
+        type=_names,
+        default=["both", "mlp"],
+        metavar="KIND,...",
+        help=f"{', '.join(SCOPES)}: what is pruned (default: both,mlp); the sparsity always counts both kinds",
+    )
+    group.add_argument(
+        "--allocation",
+        type=_names,
+        default=list(COMPARED_ALLOCATIONS),
+        metavar="RULE,...",
+        help="common: the rule of 'nirvana prune' with --gamma for every criterion; published: that of each "
+        f"criterion's own paper, with its repair (default: {','.join(COMPARED_ALLOCATIONS)})",
+    )
+    group.add_argument(
+        "--repair",
+        type=_names,
+        default=["none"],
+        metavar="METHOD,...",
+        help=f"{', '.join(METHODS)}: what becomes of the kept weights (default: none)",
+    )
+    group.add_argument(
+        "--gamma",
+        type=_number,
+        default=3.36,
+        metavar="G",
+        help="MLP pruning rate / attention pruning rate of the common rule (default: 3.36)",
+    )
+    group.add_argument(
+        "--align",
+        type=int,
+        default=8,
+        metavar="N",
+        help="kept MLP widths are multiples of N, also by published rules (default: 8)",
+    )
+    group = parser.add_argument_group("scoring: which units matter")
+    _add_calibration(group)
+    _add_micro_batch(group)
+    group = parser.add_argument_group("evaluation")
+    group.add_argument(
+        "--text",
+        action="append",
+        metavar="NAME=FILE",
+        help="text to evaluate on, a corpus name or NAME=FILE; may be given several times (default: novels, the "
+        "built-in held-out ones)",
+    )
+    group.add_argument("--window", type=int, default=512, metavar="N", help="tokens per window (default: 512)")
+    group.add_argument(
+        "--windows", type=int, default=16, metavar="N", help="evenly spaced windows of each text (default: 16)"
+    )
+
+
+def _add_calibration(group: _ArgumentGroup) -> None:
     group.add_argument(
         "--calibration",
         default="novels",
@@ -68,17 +155,9 @@ def add_scoring(parser: ArgumentParser) -> None:
     group.add_argument("--num-examples", type=int, default=32, metavar="N", help="calibration examples (default: 32)")
     group.add_argument("--seq-len", type=int, default=128, metavar="N", help="tokens per example (default: 128)")
     group.add_argument("--seed", type=int, default=0, help="seed of the calibration draw (default: 0)")
-    group.add_argument(
-        "--criterion",
-        default="nirvana",
-        metavar="NAME",
-        help=f"{', '.join(CRITERION_NAMES)}, or several as a+b: the mean of their ranks (default: nirvana)",
-    )
-    group.add_argument(
-        "--objective",
-        metavar="NAME",
-        help=f"{', '.join(OBJECTIVES)} (default: the criterion's own, max-logit for nirvana, else nll)",
-    )
+
+
+def _add_micro_batch(group: _ArgumentGroup) -> None:
     group.add_argument(
         "--micro-batch",
         type=int,
@@ -244,6 +323,14 @@ def _number(text: str) -> float:
     return float(text)
 
 
+def _names(text: str) -> list[str]:
+    return [name.strip() for name in text.split(",") if name.strip()]
+
+
+def _numbers(text: str) -> list[float]:
+    return [float(part) for part in _names(text)]
+
+
 def _number_or_auto(text: str) -> float | str:
     return text if text == SEARCHED else float(text)
 
@@ -254,4 +341,5 @@ def _gamma(text: str) -> float | str | dict[str, float]:
 
 _gamma.__name__ = f"number or {SEARCHED!r}"
 _number_or_auto.__name__ = f"number or {SEARCHED!r}"
+_numbers.__name__ = "numbers with commas"
 _number.__name__ = "number"  # argparse names the type in its error message
