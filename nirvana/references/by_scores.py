@@ -44,9 +44,7 @@ def mask_by_scores(
         if torch.isnan(scores[name]).any():
             raise NirvanaError(f"scores of {name} hold NaN")
     count = round(sparsity * architecture.prunable_parameters)
-    threshold, ties = _threshold(
-        (_keys(scores[name]) for name in names), (_keys(scores[name]) for name in names), count
-    )
+    threshold, ties = _threshold(lambda: (_keys(scores[name]) for name in names), count)
     small = independent(model)
     for name in names:
         keys = _keys(scores[name])

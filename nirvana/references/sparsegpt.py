@@ -6,10 +6,9 @@ every fourth column, two of the next four); a weight that goes moves those right
 
     - w_j / U_jj * U_j,right,
 
-the optimal change given what lies left of it. Layers are masked in order, each by what the masked ones before it hand
+the optimal change given what lies left of it. Weights of inputs that are always 0 are set to 0 first, so that they are
+among those that go. Layers are masked in order, each by what the masked ones before it hand
 on, as published. Exactly as many weights go as asked, where published thresholds take all ties.
-
-Left out: weights of inputs that are always 0 are not set to 0 beforehand; the damping alone makes them go first.
 """
 
 from __future__ import annotations
@@ -56,6 +55,7 @@ def obs_columns(weight: Tensor, moments: Tensor, rate: float | None) -> tuple[Te
     """
     dtype = torch.promote_types(weight.dtype, torch.float32)
     columns = weight.detach().T.to(dtype, copy=True, memory_format=torch.contiguous_format)
+    columns[moments.diagonal() == 0] = 0
     factor = _inverse_factor(moments).to(dtype)
     diagonal = factor.diagonal()[:, None]
     gone = torch.zeros_like(columns, dtype=torch.bool)
