@@ -237,6 +237,33 @@ def test_weights_count_in_cfsp():
     assert (after[:5] < before[:5]).all()
 
 
+@pytest.mark.parametrize("name", ["llama", "llama-biases"])
+def test_cfsp_faithful_is_what_the_published_code_computes(name):
+    """Every table divided by its sums over hidden channels, then the mean over those: S alone is left."""
+    model, tokens = model_and_tokens(name)
+    ours = score(model, tokens, criterion="cfsp-faithful")
+    double = in_float64(model)
+    read = readings(double, tokens)
+    for i, layer in enumerate(double.model.layers):
+        mlp, block = layer.mlp, f"model.layers.{i}.mlp"
+        sizes = root_mean_square(read[f"{block}.down_proj"])
+        tables = [mlp.down_proj.weight.abs() * sizes, mlp.up_proj.weight.T.abs(), mlp.gate_proj.weight.T.abs()]
+        published = (sum(table / table.sum(0) for table in tables) * sizes).mean(0)
+        torch.testing.assert_close(ours[block].double(), published.detach(), rtol=1e-5, atol=0)
+        groups = read[f"model.layers.{i}.self_attn.o_proj"].square().mean(0)
+        expected = (
+            groups.view(len(ours[f"model.layers.{i}.self_attn"]), -1).sum(1).sqrt() * 4 / model.config.hidden_size
+        )
+        torch.testing.assert_close(ours[f"model.layers.{i}.self_attn"].double(), expected, rtol=1e-5, atol=0)
+    again = score(model, tokens, criterion="cfsp")
+    assert ours.settings["layer_importance"] == again.settings["layer_importance"]
+    with torch.no_grad():
+        model.model.layers[2].mlp.down_proj.weight.mul_(torch.linspace(0.2, 5, model.config.intermediate_size))
+    after = score(model, tokens, criterion="cfsp-faithful")
+    assert torch.equal(after["model.layers.2.mlp"], ours["model.layers.2.mlp"])
+    assert not torch.equal(score(model, tokens, criterion="cfsp")["model.layers.2.mlp"], again["model.layers.2.mlp"])
+
+
 def test_examples_do_not_cancel_in_taylor2():
     model, tokens = model_and_tokens("llama")
     ours = score(model, tokens, criterion="taylor2")

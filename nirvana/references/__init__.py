@@ -1,43 +1,25 @@
-"""References that are no plans: unstructured masks, dropped layers, rotated widths. In memory, for comparisons only."""
+"""Methods of other papers that make no nirvana plan: pruned models in memory, for comparison only.
+
+Masks of single weights, dropped layers and a narrower residual stream cannot be said in units of blocks, so they go
+through no plan, no slicing and no checkpoint. They stand beside the criteria where models are compared at equal size.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+import functools
 
-from transformers import PreTrainedModel
+from nirvana.references import magnitude, shortgpt, slicegpt, sparsegpt, wanda
+from nirvana.references.base import PrunedReference, Reference
+from nirvana.references.by_scores import mask_by_scores
 
+__all__ = ["REFERENCES", "PrunedReference", "Reference", "mask_by_scores"]
 
-@dataclass(frozen=True)
-class PrunedReference:
-    """A pruned model in memory.
-
-    Attributes:
-        model: independent of the dense one.
-        parameters_after: all parameters that are left: those that are there, or of a mask those that are not zero.
-        prunable_after: of the attention and MLP matrices.
-        note: what a reader of a table must know, e.g. "mask only: no smaller, no faster".
-    """
-
-    model: PreTrainedModel
-    parameters_after: int
-    prunable_after: int
-    note: str
-
-
-@dataclass(frozen=True)
-class Reference:
-    """How a reference is made.
-
-    Attributes:
-        prune: called as ``prune(model, tokens, sparsity, seed=0, scope="both")``; leaves `model` as it was found.
-            Raises NirvanaError for a sparsity or scope that it cannot give.
-        scopes: what it can prune.
-    """
-
-    prune: Callable[..., PrunedReference]
-    scopes: tuple[str, ...] = ("both", "mlp")
-
-
-#: Name -> reference.
-REFERENCES: dict[str, Reference] = {}
+REFERENCES: dict[str, Reference] = {
+    "wanda": Reference(wanda.prune),
+    "wanda-2:4": Reference(functools.partial(wanda.prune, two_of_four=True)),
+    "sparsegpt": Reference(sparsegpt.prune),
+    "sparsegpt-2:4": Reference(functools.partial(sparsegpt.prune, two_of_four=True)),
+    "magnitude-unstructured": Reference(magnitude.prune),
+    "shortgpt": Reference(shortgpt.prune, shortgpt.SCOPES),
+    "slicegpt": Reference(slicegpt.prune, slicegpt.SCOPES),
+}

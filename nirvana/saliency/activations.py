@@ -100,10 +100,10 @@ def walk_activations(
         stack.enter_context(evaluation_mode(model))
         stack.enter_context(head_hands_on(model))  # no logits are needed
         for block in architecture.blocks:
-            for readers, encoder in _readers(model, block, reads_inputs):
-                layer = model.get_submodule(_module(readers[0]))
+            for parts, encoder in readers(model, block, reads_inputs):
+                layer = model.get_submodule(_module(parts[0]))
                 found = InputStatistics(layer.in_features, layer.weight.device)
-                statistics |= {part.tensor: found for part in readers}
+                statistics |= {part.tensor: found for part in parts}
                 stack.callback(layer.register_forward_pre_hook(collect(found, encoder)).remove)
         if watch is not None:
             stack.enter_context(watch(model, lambda: inputs))
@@ -147,7 +147,7 @@ def _module(part: Slice) -> str:
     return part.tensor.removesuffix(".weight")
 
 
-def _readers(model: PreTrainedModel, block: Block, reads_inputs: bool) -> Iterator[tuple[list[Slice], bool]]:
+def readers(model: PreTrainedModel, block: Block, reads_inputs: bool) -> Iterator[tuple[list[Slice], bool]]:
     """Matrices that read one tensor, and whether its positions are the encoder's."""
     *rows, output = matrices(block)
     encoder = in_encoder(model, model.get_submodule(block.output))

@@ -29,7 +29,7 @@ from torch import Tensor
 from nirvana.architectures import Slice
 from nirvana.ops import group_saliency
 from nirvana.saliency.kinds import Criterion, MaskCriterion, WeightCriterion
-from nirvana.saliency.rivals import cfsp, flap, llm_pruner, lorap, magnitude_l2, taylor2, wanda_sp
+from nirvana.saliency.rivals import cfsp, cfsp_faithful, flap, llm_pruner, lorap, magnitude_l2, taylor2, wanda_sp
 
 
 def _nirvana(weight: Tensor, gradient: Tensor | None, part: Slice, scores: Tensor) -> None:
@@ -64,6 +64,7 @@ CRITERIA: dict[str, Criterion] = {
     "wanda-sp": wanda_sp.CRITERION,
     "flap": flap.CRITERION,
     "cfsp": cfsp.CRITERION,
+    "cfsp-faithful": cfsp_faithful.CRITERION,
     "lorap": lorap.CRITERION,
 }
 

@@ -1,4 +1,4 @@
-"""How far each layer turns the residual stream: CFSP's coarse measure of a layer's importance, arXiv 2409.13199."""
+"""How far each layer turns the residual stream, as CFSP (arXiv 2409.13199) and ShortGPT (arXiv 2403.03853) ask."""
 
 from __future__ import annotations
 
@@ -16,14 +16,20 @@ from nirvana.architectures.inputs import ModelInputs
 from nirvana.saliency.activations import in_encoder, positions
 
 
+def angle(cosine: Tensor) -> Tensor:
+    """arccos / pi: from 0 (unchanged) to 1 (turned round)."""
+    return cosine.acos() / torch.pi
+
+
 class LayerAngles:
-    """Collects, for each layer, the sum over tokens of arccos(cos(input, output)) / pi.
+    """Collects, for each layer, the mean over tokens of a measure of the cosine between its input and its output.
 
     Read between a layer's own input and output: transformers' last hidden state lies behind the final norm, which would
     make the last layer look more important than it is.
     """
 
-    def __init__(self):
+    def __init__(self, measure: Callable[[Tensor], Tensor] = angle):
+        self._measure = measure
         self._sums: dict[str, Tensor] = {}
         self._tokens: dict[str, int] = {}
 
@@ -39,7 +45,7 @@ class LayerAngles:
             yield
 
     def mean(self) -> dict[str, float]:
-        """Layer name -> mean over tokens, from 0 (unchanged) to 1 (turned round)."""
+        """Layer name -> mean over tokens, in the order in which the model runs its layers."""
         return {name: float(total) / self._tokens[name] for name, total in self._sums.items()}
 
     def _collect(
@@ -56,7 +62,7 @@ class LayerAngles:
         after = result[0] if isinstance(result, tuple) else result
         real = positions(inputs(), encoder)
         cosine = F.cosine_similarity(before[real].double(), after[real].double(), dim=-1).clamp(-1, 1)
-        self._sums[name] = self._sums.get(name, 0) + (cosine.acos() / torch.pi).sum()
+        self._sums[name] = self._sums.get(name, 0) + self._measure(cosine).sum()
         self._tokens[name] = self._tokens.get(name, 0) + len(cosine)
 
 

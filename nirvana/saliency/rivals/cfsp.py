@@ -8,8 +8,8 @@ Each term is a neuron's share of all that its MLP writes to, or reads from, hidd
 layer, from the angle by which it turns the residual stream (`nirvana.saliency.layers`); MLPs only.
 
 Left out: the published code divides by sums over i instead and then averages over i, which makes each term 1/D for
-every neuron, so that the score is sqrt(S_j) and no weight counts. Its 1e4 in the layers' rates, which ties them to the
-number of tokens, is taken off with means (`nirvana.published`).
+every neuron, so that the score is sqrt(S_j) and no weight counts (`cfsp_faithful`). Its 1e4 in the layers' rates, which
+ties them to the number of tokens, is taken off with means (`nirvana.published`).
 
 To plan attention as well, KV groups get here the same formula, sums over their rows of q, k, v and columns of o, times
 the root of the sum of S over their channels.
