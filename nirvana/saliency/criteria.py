@@ -28,6 +28,7 @@ from torch import Tensor
 
 from nirvana.architectures import Slice
 from nirvana.ops import group_saliency
+from nirvana.saliency.afr import FORMS
 from nirvana.saliency.kinds import Criterion, MaskCriterion, WeightCriterion
 from nirvana.saliency.rivals import cfsp, flap, llm_pruner, lorap, magnitude_l2, taylor2, wanda_sp
 
@@ -65,6 +66,7 @@ CRITERIA: dict[str, Criterion] = {
     "flap": flap.CRITERION,
     "cfsp": cfsp.CRITERION,
     "lorap": lorap.CRITERION,
+    **FORMS,
 }
 
 #: Needs neither weights nor gradients; `score` draws it from the seed.
