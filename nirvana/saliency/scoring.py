@@ -13,7 +13,7 @@ from nirvana.architectures import Architecture, Slice, describe
 from nirvana.calibration.manifest import tokens_sha256
 from nirvana.diagnosis import faulty_parameter
 from nirvana.errors import NirvanaError
-from nirvana.saliency.afr import score_pairs
+from nirvana.saliency.afr import score_forms
 from nirvana.saliency.combination import combine
 from nirvana.saliency.criteria import CRITERIA, RANDOM
 from nirvana.saliency.kinds import ActivationCriterion, MaskCriterion, PairCriterion
@@ -127,6 +127,9 @@ def score(
     objective = rule.objective if objective is None else objective
     if tokens is None:
         raise NirvanaError(f"criterion {criterion!r} needs a calibration batch")
+    if isinstance(rule, PairCriterion):
+        options = {"attention_mask": attention_mask, "micro_batch": micro_batch, "progress": progress}
+        return score_forms(model, tokens, {criterion: rule}, objective=objective, **options)[criterion]
     if runs_only:
         check_batch(model, tokens, micro_batch)
     else:
@@ -139,9 +142,6 @@ def score(
     if runs_only:
         measured, found = score_activations(model, architecture, rule, tokens, attention_mask, micro_batch, progress)
         return Saliency(measured, settings | found)
-    if isinstance(rule, PairCriterion):
-        asked = (OBJECTIVES[objective], tokens, attention_mask, micro_batch, progress)
-        return Saliency(score_pairs(model, architecture, {criterion: rule}, *asked)[criterion], settings)
     way, reduce = (walk_masks, reduce_masks) if isinstance(rule, MaskCriterion) else (walk, reduce_weight)
     if way is walk and rule.per_example:
         way = walk_examples

@@ -7,7 +7,7 @@ unit's score is one of four aggregations of its weights' scores (`forms`, `units
 from nirvana.saliency.afr.forms import ABS, ABS_GMM, FORMS, GMM, MEAN
 from nirvana.saliency.afr.polar import polar_factor
 from nirvana.saliency.afr.refer import walk_features
-from nirvana.saliency.afr.units import score_pairs
+from nirvana.saliency.afr.saliencies import score_forms
 from nirvana.saliency.afr.weights import weight_scores
 
 __all__ = [
@@ -17,7 +17,7 @@ __all__ = [
     "GMM",
     "MEAN",
     "polar_factor",
-    "score_pairs",
+    "score_forms",
     "walk_features",
     "weight_scores",
 ]
