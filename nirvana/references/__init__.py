@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 
-from nirvana.references import magnitude, shortgpt, slicegpt, sparsegpt, wanda
+from nirvana.references import afr, magnitude, shortgpt, slicegpt, sparsegpt, wanda
 from nirvana.references.base import PrunedReference, Reference
 from nirvana.references.by_scores import mask_by_scores
 
@@ -20,6 +20,7 @@ REFERENCES: dict[str, Reference] = {
     "sparsegpt": Reference(sparsegpt.prune),
     "sparsegpt-2:4": Reference(functools.partial(sparsegpt.prune, two_of_four=True)),
     "magnitude-unstructured": Reference(magnitude.prune),
+    "afr-unstructured": Reference(afr.prune),
     "shortgpt": Reference(shortgpt.prune, shortgpt.SCOPES),
     "slicegpt": Reference(slicegpt.prune, slicegpt.SCOPES),
 }

@@ -28,6 +28,7 @@ from torch import Tensor
 
 from nirvana.architectures import Slice
 from nirvana.ops import group_saliency
+from nirvana.saliency.afr import FORMS
 from nirvana.saliency.kinds import Criterion, MaskCriterion, WeightCriterion
 from nirvana.saliency.rivals import cfsp, cfsp_faithful, flap, llm_pruner, lorap, magnitude_l2, taylor2, wanda_sp
 
@@ -66,6 +67,7 @@ CRITERIA: dict[str, Criterion] = {
     "cfsp": cfsp.CRITERION,
     "cfsp-faithful": cfsp_faithful.CRITERION,
     "lorap": lorap.CRITERION,
+    **FORMS,
 }
 
 #: Needs neither weights nor gradients; `score` draws it from the seed.

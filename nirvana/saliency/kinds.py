@@ -1,4 +1,4 @@
-"""What a criterion can be: a rule on weights and gradients, on derivatives by unit masks, or on activations."""
+"""What a criterion can be: a rule on weights and one or two gradients, on derivatives by unit masks, on activations."""
 
 from __future__ import annotations
 
@@ -77,6 +77,30 @@ class MaskCriterion:
         return True
 
 
+@dataclass(frozen=True)
+class PairCriterion:
+    """A rule on scores of single weights, made of their gradients of the features and of the loss (`saliency.afr`).
+
+    Attributes:
+        aggregate: called with the scores of a block's weights, fp32 ``[units, m]``; returns ``[units]``, larger =
+            keep, in any floating-point type. It leaves the scores as they are.
+        signed: whether the two terms of a weight keep their sign.
+        winsorised: whether each unit's outliers are clipped first.
+        objective: the loss, unless another is asked for.
+        published: what the paper does with the scores.
+    """
+
+    aggregate: Callable[[Tensor], Tensor]
+    signed: bool = True
+    winsorised: bool = False
+    objective: str = "nll"
+    published: Published = GLOBAL
+
+    @property
+    def reads_tokens(self) -> bool:
+        return True
+
+
 class Part(NamedTuple):
     """One matrix of a block, and what it reads.
 
@@ -126,4 +150,4 @@ class ActivationCriterion:
         return True
 
 
-Criterion = WeightCriterion | MaskCriterion | ActivationCriterion
+Criterion = WeightCriterion | MaskCriterion | PairCriterion | ActivationCriterion

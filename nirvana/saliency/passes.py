@@ -40,6 +40,7 @@ def backward_passes(
     tokens: Tensor,
     attention_mask: Tensor | None,
     micro_batch: int | None,
+    before_pass: Callable[[ModelInputs], None] = lambda inputs: None,
 ) -> Iterator[Callable[[], float]]:
     """One call for each micro-batch: a forward and a backward pass, which returns its share of the objective.
 
@@ -47,6 +48,7 @@ def backward_passes(
         tokens: int64 ``[examples, tokens]``.
         attention_mask: ``[examples, tokens]`` or None.
         micro_batch: examples per pass; None takes all at once.
+        before_pass: called with the inputs of each pass before it.
 
     Raises:
         NirvanaError: an example has nothing to predict, or something is not finite; the message names the parameter.
@@ -56,6 +58,7 @@ def backward_passes(
     for start in range(0, len(tokens), step):
         mask = None if attention_mask is None else attention_mask[start : start + step]
         inputs = model_inputs(model, tokens[start : start + step], mask)
+        before_pass(inputs)
         yield functools.partial(_backward, model, objective, inputs, totals)
 
 

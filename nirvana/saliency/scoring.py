@@ -13,9 +13,10 @@ from nirvana.architectures import Architecture, Slice, describe
 from nirvana.calibration.manifest import tokens_sha256
 from nirvana.diagnosis import faulty_parameter
 from nirvana.errors import NirvanaError
+from nirvana.saliency.afr import score_forms
 from nirvana.saliency.combination import combine
 from nirvana.saliency.criteria import CRITERIA, RANDOM
-from nirvana.saliency.kinds import ActivationCriterion, MaskCriterion
+from nirvana.saliency.kinds import ActivationCriterion, MaskCriterion, PairCriterion
 from nirvana.saliency.masks import walk_masks
 from nirvana.saliency.measured import score_activations
 from nirvana.saliency.objectives import OBJECTIVES
@@ -55,14 +56,16 @@ def score(
         criterion: "nirvana" (sum of |gradient x weight|), "mask-fisher" (sum over examples of m_nj^2), "mask-abs" (sum
             over examples of |m_nj|), "magnitude" (sum of |weight|) or "random"; those of other papers in
             `nirvana.saliency.rivals`: "magnitude-l2", "llm-pruner", "llm-pruner-vector", "taylor2" (a backward pass an
-            example), "wanda-sp", "flap", "cfsp", "cfsp-faithful", "lorap" (one forward pass); or several, as
-            "nirvana+mask-fisher": the mean of their ranks (`combine`).
+            example), "wanda-sp", "flap", "cfsp", "cfsp-faithful", "lorap" (one forward pass); AFR's in
+            `nirvana.saliency.afr`: "afr-mean", "afr-abs", "afr-gmm", "afr-abs-gmm" (two backward passes); or several,
+            as "nirvana+mask-fisher": the mean of their ranks (`combine`).
         objective: the scalar that is differentiated: "max-logit" (as published) or "nll". None takes the criterion's
             own: max-logit for nirvana, nll for all others that differentiate.
         attention_mask: ``[examples, tokens]``, 0 where a short example is padded; padding counts for nothing.
         micro_batch: examples per forward pass. Same scores. nirvana and llm-pruner take all at once unless told, and
-            pay an fp32 buffer the size of the prunable weights for more passes; taylor2 takes one at a time always;
-            all others pay nothing and take 512 tokens at a time.
+            pay an fp32 buffer the size of the prunable weights for more passes; so do those of AFR, which keep the
+            size of the prunable weights anyway; taylor2 takes one at a time always; all others pay nothing and take
+            512 tokens at a time.
         seed: of the "random" criterion.
         progress: called as often as the model has tensors that are scored.
 
@@ -124,6 +127,9 @@ def score(
     objective = rule.objective if objective is None else objective
     if tokens is None:
         raise NirvanaError(f"criterion {criterion!r} needs a calibration batch")
+    if isinstance(rule, PairCriterion):
+        options = {"attention_mask": attention_mask, "micro_batch": micro_batch, "progress": progress}
+        return score_forms(model, tokens, {criterion: rule}, objective=objective, **options)[criterion]
     if runs_only:
         check_batch(model, tokens, micro_batch)
     else:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from nirvana.architectures import Architecture, Slice
+from nirvana.architectures.inputs import ModelInputs
 from nirvana.saliency.objectives import Objective
 from nirvana.saliency.passes import backward_passes, layers_checkpointed, only_these_learn
 from nirvana.saliency.steps import rescaled
@@ -33,6 +34,7 @@ def walk(
     micro_batch: int | None,
     reduce: Reduce,
     progress: Callable[[], None] = lambda: None,
+    before_pass: Callable[[ModelInputs], None] = lambda inputs: None,
 ) -> float:
     """Differentiate `objective` and hand each weight with its gradient to `reduce`, once, over the whole batch.
 
@@ -45,6 +47,7 @@ def walk(
             scores are the same.
         reduce: called with (block name, slice, weight, gradient).
         progress: called after each reduced tensor.
+        before_pass: called with the inputs of each pass before it.
 
     Returns:
         The value of the objective.
@@ -75,7 +78,7 @@ def walk(
         for name, parameter in parameters.items():
             handle = parameter.register_post_accumulate_grad_hook(functools.partial(accumulated, name))
             stack.callback(handle.remove)
-        for run in backward_passes(model, objective, tokens, attention_mask, micro_batch):
+        for run in backward_passes(model, objective, tokens, attention_mask, micro_batch, before_pass):
             value += run()
             done += 1
     return value

@@ -1,0 +1,52 @@
+"""The score of single weights: both first-order terms, standardised and added."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from nirvana.architectures import Slice
+from nirvana.diagnosis import faulty_parameter
+from nirvana.errors import NirvanaError
+
+
+def added_terms(weight: Tensor, features: Tensor, loss: Tensor, signed: bool) -> Tensor:
+    """S = Z(dF/dw w) + Z(dL/dw w), or of absolute values, ``Z(|dF/dw w|) + Z(|dL/dw w|)``.
+
+    Z subtracts the mean and divides by the standard deviation, over the weights of this one tensor. The paper does not
+    name the population. With one for each tensor, the two terms weigh the same everywhere, as adding standardised terms
+    intends, and no gradient waits for those of other layers; units of one block are compared, at the same rate in all
+    layers, so that scales of layers do not count. Ranking all layers together then ranks what stands out in its own.
+
+    Args:
+        weight: ``[out, in]``, any floating-point type.
+        features: dF/dw.
+        loss: dL/dw.
+        signed: whether products keep their sign.
+
+    Returns:
+        fp32 ``[out, in]``; a term that is the same for all weights is 0, and NaN where a gradient is not finite.
+    """
+    weight = weight.float()
+    return _standardised(weight * features, signed).add_(_standardised(weight * loss, signed))
+
+
+def finite_terms(
+    model: PreTrainedModel, part: Slice, weight: Tensor, features: Tensor, loss: Tensor, signed: bool
+) -> Tensor:
+    """`added_terms`; raises NirvanaError, which names the parameter, where they are not finite."""
+    terms = added_terms(weight, features, loss, signed)
+    if not torch.isfinite(terms).all():
+        fault = f"the gradient of {part.tensor} holds NaN or infinity in {model.dtype}; use --dtype float32"
+        raise NirvanaError(faulty_parameter(model) or fault)
+    return terms
+
+
+def _standardised(products: Tensor, signed: bool) -> Tensor:
+    """In place."""
+    if not signed:
+        products.abs_()
+    spread, mean = torch.std_mean(products, correction=0)
+    # Also of a tensor of equal values the mean may be off by a rounding.
+    return products.sub_(mean).div_(spread) if spread != 0 else products.zero_()
