@@ -38,7 +38,7 @@ def test_every_criterion_says_what_its_paper_does():
         "mask-abs",
     }
     assert rules["flap"] == ("joint", "both")
-    assert rules["cfsp"] == ("layer-ratios", "mlp")
+    assert rules["cfsp"] == rules["cfsp-faithful"] == ("layer-ratios", "mlp")
     assert rules["lorap"] == ("uniform", "mlp")
     assert published("random").allocation == published("nirvana+flap").allocation == "global"
 
