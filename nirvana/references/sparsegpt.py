@@ -7,8 +7,8 @@ every fourth column, two of the next four); a weight that goes moves those right
     - w_j / U_jj * U_j,right,
 
 the optimal change given what lies left of it. Weights of inputs that are always 0 are set to 0 first, so that they are
-among those that go. Layers are masked in order, each by what the masked ones before it hand
-on, as published. Exactly as many weights go as asked, where published thresholds take all ties.
+among those that go. Layers are masked in order, each by what the masked ones before it hand on, as published. Exactly
+as many weights go as asked, where published thresholds take all ties.
 """
 
 from __future__ import annotations
