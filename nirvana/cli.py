@@ -8,6 +8,7 @@ import logging
 import os
 import signal
 import sys
+import textwrap
 import warnings
 from collections.abc import Sequence
 from typing import NoReturn
@@ -55,14 +56,19 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {line}; see {self.prog} --help\n")
 
 
+class Layout(argparse.RawDescriptionHelpFormatter):
+    def _split_lines(self, text: str, width: int) -> list[str]:
+        """Names such as afr-abs-gmm stay whole, to be copied."""
+        return textwrap.wrap(" ".join(text.split()), width, break_on_hyphens=False)
+
+
 def build_parser(**defaults: object) -> argparse.ArgumentParser:
-    layout = argparse.RawDescriptionHelpFormatter
-    parser = Parser(prog="nirvana", description=DESCRIPTION, epilog=EPILOG, formatter_class=layout)
+    parser = Parser(prog="nirvana", description=DESCRIPTION, epilog=EPILOG, formatter_class=Layout)
     parser.add_argument("--version", action="version", version=f"nirvana {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for name, module in COMMANDS.items():
         command = commands.add_parser(
-            name, help=module.HELP, description=module.HELP, epilog=module.EPILOG, formatter_class=layout
+            name, help=module.HELP, description=module.HELP, epilog=module.EPILOG, formatter_class=Layout
         )
         module.add_arguments(command)
         command.set_defaults(**defaults)

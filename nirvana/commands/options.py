@@ -163,8 +163,8 @@ def _add_micro_batch(group: _ArgumentGroup) -> None:
         type=int,
         metavar="N",
         help="examples per forward pass (default: all; mask-... and criteria without gradients take 512 tokens at a "
-        "time, taylor2 one example). Same scores, fewer activations; costs nirvana and llm-pruner an fp32 buffer as "
-        "large as the prunable weights, and others nothing",
+        "time, taylor2 one example). Same scores, fewer activations; costs nirvana, llm-pruner and afr-... an fp32 "
+        "buffer as large as the prunable weights, and others nothing",
     )
 
 

@@ -1,4 +1,10 @@
-"""The polar factor of a matrix: the derivative of the sum of its singular values."""
+"""The polar factor of a matrix: the derivative of the sum of its singular values.
+
+Eigenvectors are what is left of several ways (`nirvana.benchmarks.polar`): for 128 x 576 values whose singular values
+spread over 1e4, one core takes 2.3 ms, with an error of 4e-10; the SVD 19 ms and 5e-13; Newton-Schulz, 30 steps, 152 ms
+and 3e-13 in float64, 42 ms and 5e-5 in fp32. It also has no place to drop a direction. The features of a layer of
+SmolLM2-135M, 128 tokens, spread over 1e2 to 3e3: an error of 1e-11 or less.
+"""
 
 from __future__ import annotations
 

@@ -16,8 +16,13 @@ def added_terms(weight: Tensor, features: Tensor, loss: Tensor, signed: bool) ->
 
     Z subtracts the mean and divides by the standard deviation, over the weights of this one tensor. The paper does not
     name the population. With one for each tensor, the two terms weigh the same everywhere, as adding standardised terms
-    intends, and no gradient waits for those of other layers; units of one block are compared, at the same rate in all
-    layers, so that scales of layers do not count. Ranking all layers together then ranks what stands out in its own.
+    intends, and nothing waits for the gradients of other layers; the paper compares units of one block, so that scales
+    of layers do not count. Ranking all layers together then ranks what stands out in its own.
+
+    The population matters to the order more than to the model: on SmolLM2-135M, 4 x 128 tokens, all weights as one
+    population and one for each tensor have 75 % (afr-mean), 51 % (afr-abs) and 37 % (afr-abs-gmm, of three layers) of
+    each MLP's lowest fifth in common; but without a fifth of all neurons by 8 x 128 tokens, the model's loss on 2048
+    others (3.76 whole) is 4.12 and 4.10 (afr-mean), 4.44 and 4.42 (afr-abs); without half 5.32 and 5.42, 6.22 and 6.35.
 
     Args:
         weight: ``[out, in]``, any floating-point type.
