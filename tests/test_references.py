@@ -17,6 +17,8 @@ from nirvana.references import REFERENCES, mask_by_scores, slicegpt, sparsegpt, 
 from nirvana.references.moments import SecondMoments
 from nirvana.references.shortgpt import block_influence, without_layers
 from nirvana.saliency.activations import InputStatistics
+from nirvana.saliency.afr.gradients import walk_pairs
+from nirvana.saliency.objectives import OBJECTIVES
 from nirvana.selection import Probe
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -312,6 +314,23 @@ def test_the_highest_scores_of_all_matrices_stay(scope):
             mask = expected.get(name, torch.ones(weight.numel())).view_as(weight)
             assert torch.equal(after[name], weight * mask), name
         assert result.prunable_after == describe(model).prunable_parameters - count
+
+
+def test_unstructured_afr_keeps_what_weighs_most_in_features_and_loss():
+    """Its terms are `tests/test_saliency_afr.py`'s matter; here: absolute, standardised a matrix, ranked globally."""
+    model, batch = build("llama"), tokens()
+    found: dict[str, Tensor] = {}
+
+    def keep(block, part, weight, features, loss):
+        terms = [(weight * gradient).abs().double() for gradient in (features, loss)]
+        found[part.tensor] = sum((term - term.mean()) / term.std(correction=0) for term in terms)
+
+    walk_pairs(model, describe(model), OBJECTIVES["nll"], batch, None, None, keep)
+    ranked = torch.cat([scores.flatten() for scores in found.values()]).sort().values
+    threshold = ranked[round(0.3 * len(ranked))]
+    after = weights(REFERENCES["afr-unstructured"].prune(model, batch, 0.3).model)
+    for name, weight in weights(model).items():
+        assert torch.equal(after[name], weight.where(found[name] >= threshold, 0)), name
 
 
 def test_scores_that_do_not_fit_are_refused():
