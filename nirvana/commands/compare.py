@@ -20,9 +20,10 @@ examples:
   nirvana compare demo --criteria nirvana,flap,magnitude --sparsity .2,.5
   nirvana compare demo --criteria nirvana,wanda-sp --sparsity .5 --scope mlp --repair none,least-squares
   nirvana compare ./my-llama --sparsity .2 --calibration my.jsonl --text novels --text wiki=wiki.test.raw.txt --out all
+  nirvana compare demo --sparsity .2 --tasks arc_easy,mine=questions.jsonl     # pip install 'nirvana[eval]'
 
-Rows are kept in --out as they come: interrupted, the same command goes on; with more criteria, sparsities or texts it
-adds them.
+Rows are kept in --out as they come: interrupted, the same command goes on; with more criteria, sparsities, texts or
+tasks it adds them.
 """
 
 
@@ -43,6 +44,7 @@ def run(args: Namespace) -> None:
     found = compare(
         args.model,
         texts={name: None if (name, file) == (NOVELS, "") else file or name for name, file in texts.items()},
+        tasks={name: file or None for name, file in named(args.tasks, "tasks").items()},
         progress=output.progress(args.quiet or args.json),
         **{name: getattr(args, name) for name in COMPARE_OPTIONS},
     )
@@ -118,6 +120,7 @@ COMPARE_OPTIONS = (
     "align",
     "window",
     "windows",
+    "limit",
     "out",
     "overwrite",
     "dtype",

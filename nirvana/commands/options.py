@@ -134,6 +134,17 @@ def add_comparison(parser: ArgumentParser) -> None:
     group.add_argument(
         "--windows", type=int, default=16, metavar="N", help="evenly spaced windows of each text (default: 16)"
     )
+    group.add_argument(
+        "--tasks",
+        type=_names,
+        default=[],
+        metavar="TASK,...",
+        help="multiple-choice questions, scored by lm-eval: names that it knows, such as arc_easy,piqa, fetched from "
+        'the Hub, or NAME=FILE.jsonl of {"context", "choices", "label"}',
+    )
+    group.add_argument(
+        "--limit", type=int, default=500, metavar="N", help="the first N questions of each task (default: 500)"
+    )
 
 
 def _add_calibration(group: _ArgumentGroup) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from nirvana.comparison.record import FILE, PLOT, TABLE, Record, check_folder
 from nirvana.comparison.table import markdown
 from nirvana.errors import NirvanaError
 from nirvana.evaluation.text import check_windows, text_windows
+from nirvana.evaluation.zero_shot import BATCH, Task, read_tasks, zero_shot
 from nirvana.models import resolve
 from nirvana.progress import Progress
 from nirvana.selection import Probe
@@ -81,6 +82,9 @@ def compare(
     texts: Mapping[str, str | Path | None] | None = None,
     window: int = 512,
     windows: int = 16,
+    tasks: Mapping[str, str | Path | None] | None = None,
+    limit: int = 500,
+    batch_size: int = BATCH,
     out: str | Path | None = None,
     overwrite: bool = False,
     dtype: str = "auto",
@@ -106,6 +110,9 @@ def compare(
         gamma, align: see `nirvana.allocate`.
         texts: name -> corpus or file to evaluate on, None for the built-in held-out novels, which are the default.
         window, windows: tokens a window; evenly spaced windows of each text.
+        tasks: name -> JSONL file of questions, None for a task that lm-eval knows; see `nirvana.evaluation.zero_shot`.
+        limit: the first so many questions of each task are asked.
+        batch_size: questions of one forward pass.
         out: folder for compare.json, compare.md, compare.png and the scores. An interrupted comparison goes on from
             there, and one that is asked for more adds it.
         overwrite: begin anew instead.
@@ -129,6 +136,7 @@ def compare(
     documents = {
         name: read_documents(EVALUATION if text is None else text, held_out=True) for name, text in texts.items()
     }
+    asked = read_tasks(tasks or {}, limit)
     if not isinstance(model, PreTrainedModel):
         source = resolve(model, trust_remote_code)
         source.config()
@@ -148,6 +156,7 @@ def compare(
         "gamma": gamma,
         "align": align,
         "texts": {name: tokens_sha256(tokens) for name, tokens in tokens_of.items()},
+        "tasks": {task.name: task.identity for task in asked},
     }
     about = {
         "model": model.config._name_or_path,
@@ -156,10 +165,11 @@ def compare(
             name: {"source": str(texts[name] or "built-in held-out novels"), "shape": list(tokens.shape)}
             for name, tokens in tokens_of.items()
         },
+        "tasks": {task.name: {"source": task.source, "questions": task.questions} for task in asked},
     }
     record = Record(out, settings, about, overwrite)
     bench = Bench(model, batch.tokens, align=align, gamma=gamma, seed=seed, micro_batch=micro_batch)
-    run = _Run(record, bench, _Evaluation(model, tokens_of), cases, progress)
+    run = _Run(record, bench, _Evaluation(model, tokenizer, tokens_of, asked, batch_size), cases, progress)
     try:
         resumed = run.run()
     except KeyboardInterrupt:
@@ -180,26 +190,46 @@ def compare(
 class _Evaluation:
     """Everything that is measured of a model; the dense one is run once."""
 
-    def __init__(self, model: PreTrainedModel, texts: Mapping[str, Tensor]):
-        self._model = model
-        self._tokens = texts
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        texts: Mapping[str, Tensor],
+        tasks: Sequence[Task],
+        batch_size: int,
+    ):
+        self._model, self._tokenizer = model, tokenizer
+        self._tokens, self._tasks, self._batch_size = texts, tasks, batch_size
         self._probes: dict[str, Probe] = {}
 
-    def missing(self, figures: Mapping[str, Any]) -> list[str]:
-        """Texts that `figures` says nothing of."""
-        return [name for name in self._tokens if name not in figures.get("texts", {})]
+    def complete(self, figures: Mapping[str, Any]) -> bool:
+        """Whether `figures` has every text and task."""
+        return not self._missing(figures, "texts", self._tokens) and not self._tasks_missing(figures)
 
-    def add(self, figures: dict[str, Any], small: PreTrainedModel | None) -> dict[str, Any]:
+    def add(self, figures: dict[str, Any], small: PreTrainedModel | None, progress: Progress) -> dict[str, Any]:
         """`figures` with what is missing; None stands for the dense model."""
         texts = dict(figures.get("texts", {}))
-        for name in self.missing(figures):
+        for name in self._missing(figures, "texts", self._tokens):
             if name not in self._probes:
                 self._probes[name] = Probe(self._model, self._tokens[name], micro_batch=WINDOWS_AT_ONCE)
             probe = self._probes[name]
             result = probe.dense() if small is None else probe.divergence(small)
             perplexity = result.perplexity if math.isfinite(result.perplexity) else None
             texts[name] = {"perplexity": perplexity, "nll": result.nll, "kl": result.kl}
-        return {**figures, "texts": texts}
+        tasks = dict(figures.get("tasks", {}))
+        if missing := self._tasks_missing(figures):
+            model = self._model if small is None else small
+            with progress.stage("questions", sum(task.answers for task in missing)) as advance:
+                tasks |= zero_shot(model, self._tokenizer, missing, batch_size=self._batch_size, advance=advance)
+        return {**figures, "texts": texts, "tasks": tasks}
+
+    def _tasks_missing(self, figures: Mapping[str, Any]) -> list[Task]:
+        names = self._missing(figures, "tasks", [task.name for task in self._tasks])
+        return [task for task in self._tasks if task.name in names]
+
+    @staticmethod
+    def _missing(figures: Mapping[str, Any], kind: str, names: Iterable[str]) -> list[str]:
+        return [name for name in names if name not in figures.get(kind, {})]
 
 
 class _Run:
@@ -215,12 +245,12 @@ class _Run:
         dense = self._record.document["dense"]
         scored = sum(part.scored for block in self._bench.architecture.blocks for part in block.slices)
         with self._progress.stage("compare", len(self._cases)) as advance:
-            if self._evaluation.missing(dense):
+            if not self._evaluation.complete(dense):
                 totals = {
                     "parameters": describe(self._bench.model).parameters,
                     "prunable": self._bench.architecture.prunable_parameters,
                 }
-                self._record.document["dense"] = self._evaluation.add(dense | totals, None)
+                self._record.document["dense"] = self._evaluation.add(dense | totals, None, self._progress)
                 self._record.save()
             advance(done)
             saliency, criterion = None, None
@@ -243,7 +273,7 @@ class _Run:
 
     def _finished(self, case: Case) -> bool:
         row = self._record.row(case)
-        return row is not None and ("impossible" in row or not self._evaluation.missing(row))
+        return row is not None and ("impossible" in row or self._evaluation.complete(row))
 
     def _figures(self, case: Case, saliency: Any) -> dict[str, Any]:
         started = time.perf_counter()
@@ -252,7 +282,7 @@ class _Run:
                 raise saliency
             pruned = self._bench.prune(case, saliency)
             row = {**(self._record.row(case) or {}), **pruned.facts}
-            figures = self._evaluation.add(row, pruned.model)
+            figures = self._evaluation.add(row, pruned.model, self._progress)
         except NirvanaError as error:
             return {"impossible": str(error)}
         return {**figures, "seconds": time.perf_counter() - started}

@@ -61,6 +61,7 @@ class Record:
         for name, value in settings.items():
             was, words = found["settings"].get(name), _WORDS.get(name)
             if isinstance(value, dict):
+                was = was or {}
                 for key in (key for key in value if key in was and was[key] != value[key]):
                     _refuse(path, words.format(key))
                 found["settings"][name] = was | value

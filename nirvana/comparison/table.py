@@ -60,10 +60,14 @@ def notes(document: Mapping[str, Any]) -> list[str]:
         f"model: {about['model']}; calibration: {about['calibration']['source']}, the same tokens for all",
         f"texts: {texts}",
         "kept: all parameters that stay; off by: kept beyond the common target; KL: to the dense model, nats a token, "
-        "mean of the texts; acc/norm: accuracy, and with log-likelihoods divided by the length of the answer",
+        "mean of the texts",
         "scoring: time of the scoring pass (of pruning, for references); peak: how much the memory of this process "
         "grew in it (on CUDA: what was allocated)",
     ]
+    tasks = about.get("tasks", {})
+    if tasks:
+        asked = ", ".join(f"{name} ({task['source']}, {task['questions']} questions)" for name, task in tasks.items())
+        lines.insert(2, f"tasks: {asked}; % right, and with log-likelihoods divided by the length of the answer")
     return lines + ([f"read no calibration text: {', '.join(unread)}"] if unread else [])
 
 
