@@ -127,6 +127,8 @@ def compare(
     progress = progress or Progress()
     cases = list_cases(default_criteria() if criteria is None else criteria, sparsity, scope, allocation, repair)
     WidthRule(cases[0].sparsity, gamma, align=align)  # refuses what is out of range
+    if windows < 1:
+        raise NirvanaError(f"--windows {windows} must be at least 1")
     check_windows(window, window, windows)
     if out is not None:
         check_folder(out)
@@ -177,9 +179,10 @@ def compare(
         kept = f"{count} finished rows are in {Path(out) / FILE}; the same command goes on from there" if out else ""
         raise KeyboardInterrupt(kept if count else "") from None
     document = record.document
-    record.write(TABLE, markdown(document).encode())
-    if (picture := draw(document)) is not None:
-        record.write(PLOT, picture)
+    if out is not None:
+        record.write(TABLE, markdown(document).encode())
+        if (picture := draw(document)) is not None:
+            record.write(PLOT, picture)
     rows = [record.row(case) for case in cases]
     folder = None if out is None else Path(out)
     return Comparison(
