@@ -24,7 +24,7 @@ from nirvana.comparison.record import FILE, PLOT, TABLE, Record, check_folder
 from nirvana.comparison.table import markdown
 from nirvana.errors import NirvanaError
 from nirvana.evaluation.text import check_windows, text_windows
-from nirvana.evaluation.zero_shot import BATCH, Task, read_tasks, zero_shot
+from nirvana.evaluation.zero_shot import Task, read_tasks, zero_shot
 from nirvana.models import resolve
 from nirvana.progress import Progress
 from nirvana.selection import Probe
@@ -84,7 +84,7 @@ def compare(
     windows: int = 16,
     tasks: Mapping[str, str | Path | None] | None = None,
     limit: int = 500,
-    batch_size: int = BATCH,
+    batch_size: int | None = None,
     out: str | Path | None = None,
     overwrite: bool = False,
     dtype: str = "auto",
@@ -112,7 +112,7 @@ def compare(
         window, windows: tokens a window; evenly spaced windows of each text.
         tasks: name -> JSONL file of questions, None for a task that lm-eval knows; see `nirvana.evaluation.zero_shot`.
         limit: the first so many questions of each task are asked.
-        batch_size: questions of one forward pass.
+        batch_size: questions of one forward pass; None takes what suits the device.
         out: folder for compare.json, compare.md, compare.png and the scores. An interrupted comparison goes on from
             there, and one that is asked for more adds it.
         overwrite: begin anew instead.
@@ -127,6 +127,8 @@ def compare(
     progress = progress or Progress()
     cases = list_cases(default_criteria() if criteria is None else criteria, sparsity, scope, allocation, repair)
     WidthRule(cases[0].sparsity, gamma, align=align)  # refuses what is out of range
+    if windows < 1:
+        raise NirvanaError(f"--windows {windows} must be at least 1")
     check_windows(window, window, windows)
     if out is not None:
         check_folder(out)
@@ -177,9 +179,10 @@ def compare(
         kept = f"{count} finished rows are in {Path(out) / FILE}; the same command goes on from there" if out else ""
         raise KeyboardInterrupt(kept if count else "") from None
     document = record.document
-    record.write(TABLE, markdown(document).encode())
-    if (picture := draw(document)) is not None:
-        record.write(PLOT, picture)
+    if out is not None:
+        record.write(TABLE, markdown(document).encode())
+        if (picture := draw(document)) is not None:
+            record.write(PLOT, picture)
     rows = [record.row(case) for case in cases]
     folder = None if out is None else Path(out)
     return Comparison(
@@ -196,7 +199,7 @@ class _Evaluation:
         tokenizer: PreTrainedTokenizerBase,
         texts: Mapping[str, Tensor],
         tasks: Sequence[Task],
-        batch_size: int,
+        batch_size: int | None,
     ):
         self._model, self._tokenizer = model, tokenizer
         self._tokens, self._tasks, self._batch_size = texts, tasks, batch_size

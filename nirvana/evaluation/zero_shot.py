@@ -29,8 +29,9 @@ from nirvana.patching import evaluation_mode
 #: As in lm-eval's arc_easy and piqa.
 PROMPT, DELIMITER = "Question: {{context}}\nAnswer:", " "
 
-#: Questions of one forward pass. See `nirvana.evaluation.shared_prompts`.
-BATCH = 8
+#: Questions of one forward pass. On a CPU more only pad more: 24 questions of ARC-easy and of PIQA take SmolLM2-135M
+#: 5.5 + 7.3 s of one core at 2, 5.7 + 7.2 at 4, 5.9 + 7.8 at 8.
+BATCH, BATCH_ON_GPU = 4, 32
 
 
 @dataclass(frozen=True)
@@ -84,7 +85,7 @@ def zero_shot(
     tasks: Sequence[Task] | Sequence[str] | Mapping[str, str | Path | None],
     *,
     limit: int | None = 500,
-    batch_size: int = BATCH,
+    batch_size: int | None = None,
     advance: Callable[[int], None] = lambda count: None,
 ) -> dict[str, dict[str, Any]]:
     """Accuracy of `model`.
@@ -93,7 +94,7 @@ def zero_shot(
         model: with its language-model head, dense or pruned, of any family; left as it was found.
         tokenizer: its own; left as it was found.
         tasks: see `read_tasks`, or what it returned: `limit` then means nothing.
-        batch_size: questions of one forward pass.
+        batch_size: questions of one forward pass; None takes 4 on a CPU, else 32.
         advance: called with the number of answers that were scored, as they are.
 
     Returns:
@@ -102,6 +103,8 @@ def zero_shot(
     Raises:
         NirvanaError: see `read_tasks`.
     """
+    if batch_size is None:
+        batch_size = BATCH if model.device.type == "cpu" else BATCH_ON_GPU
     if batch_size < 1:
         raise NirvanaError(f"{batch_size} questions of one forward pass: at least 1 is needed")
     if isinstance(tasks, Mapping) or not all(isinstance(task, Task) for task in tasks):
