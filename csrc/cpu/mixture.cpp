@@ -62,7 +62,7 @@ void maximise(const Mixture& mixture, const MixtureSums& sums, std::vector<Compo
 
 struct Fit {
   Mixture mixture;
-  double bic;
+  double log_likelihood;
 };
 
 Fit fit(const float* scores, int64_t length, const Clusters& clusters) {
@@ -79,8 +79,37 @@ Fit fit(const float* scores, int64_t length, const Clusters& clusters) {
     if (std::abs(likelihood - before) < kTolerance) break;
     before = likelihood;
   }
-  const double parameters = 3 * mixture.components - 1;
-  return {mixture, parameters * std::log(static_cast<double>(length)) - 2 * sums.log_likelihood};
+  return {mixture, sums.log_likelihood};
+}
+
+double bic(const Fit& fit, int64_t length) {
+  const double parameters = 3 * fit.mixture.components - 1;
+  return parameters * std::log(static_cast<double>(length)) - 2 * fit.log_likelihood;
+}
+
+// The mixture with the smallest BIC. One component more starts from each cluster of the best mixture split in two.
+Mixture choose(const std::vector<float>& scores, int most) {
+  const int64_t length = static_cast<int64_t>(scores.size());
+  const Line line(scores.data(), length);
+  Clusters clusters(line);
+  Fit best = fit(scores.data(), length, clusters);
+  for (int count = 1; count < most; ++count) {
+    const Clusters before = clusters;
+    Fit likeliest = {{}, -std::numeric_limits<double>::infinity()};
+    for (int cluster = 0; cluster < count; ++cluster) {
+      if (!before.divisible(cluster)) continue;
+      const Clusters start = before.split(cluster);
+      const Fit other = fit(scores.data(), length, start);
+      if (other.log_likelihood > likeliest.log_likelihood) {
+        likeliest = other;
+        clusters = start;
+      }
+    }
+    // Numbers that differ may be equal once they are standardised.
+    if (!likeliest.mixture.components) break;
+    if (bic(likeliest, length) < bic(best, length)) best = likeliest;
+  }
+  return best.mixture;
 }
 
 // Standardised in fp64, then rounded.
@@ -115,22 +144,16 @@ Bounds bounds(const float* row, int64_t length, int most, int64_t low_density) {
   int distinct = 1;
   for (int64_t i = 1; i < length && distinct < most; ++i) distinct += sorted[i] != sorted[i - 1];
 
-  Clusters clusters(scores.data(), length);
-  Fit best = fit(scores.data(), length, clusters);
-  for (int k = 2; k <= distinct; ++k) {
-    clusters.split();
-    const Fit other = fit(scores.data(), length, clusters);
-    if (other.bic < best.bic) best = other;
-  }
+  const Mixture mixture = choose(scores, distinct);
   std::vector<double> density(static_cast<size_t>(length));
-  kernels().mixture_density(scores.data(), length, best.mixture, density.data());
+  kernels().mixture_density(scores.data(), length, mixture, density.data());
   std::vector<double> ranked = density;
   std::nth_element(ranked.begin(), ranked.begin() + low_density, ranked.end());
   const double threshold = ranked[low_density];
   int64_t first = 0, last = length - 1;
   while (density[first] < threshold) ++first;
   while (density[last] < threshold) --last;
-  return {sorted[first], sorted[last], best.mixture.components};
+  return {sorted[first], sorted[last], mixture.components};
 }
 
 }  // namespace

@@ -41,9 +41,10 @@ def mixture_bounds(scores: Tensor, *, max_components: int = 5, density_fraction:
     excepted. In the sorted row the unbroken runs of low-density scores at the two ends are the outliers.
 
     As scikit-learn's GaussianMixture on a standardised row: ``reg_covar=1e-6, tol=1e-3, max_iter=100``. The start is
-    another one, because scikit-learn's is drawn at random: the k-means of one component fewer, with the cut added that
-    lowers the sum of squares most, then Lloyd's steps until nothing moves. A row has no more components than different
-    scores.
+    another one, because scikit-learn's is drawn at random. Mixtures of K components start from the clusters that the
+    best mixture of K - 1 started from, with one of them cut where that lowers the sum of squares most, then Lloyd's
+    steps until nothing moves; each cluster is cut in turn, and the mixture of the highest likelihood is taken. A row
+    has no more components than different scores.
 
     Args:
         scores: ``[units, m]``, fp32; other floating-point types through an fp32 copy.

@@ -60,10 +60,8 @@ def _choose(z: Tensor, distinct: Tensor, max_components: int, density: Tensor) -
     chosen = torch.zeros_like(distinct)
     cuts = torch.tensor([[0, z.shape[1]]], device=z.device).repeat(len(z), 1)
     for k in range(1, max_components + 1):
-        if k > 1:
-            cuts = _kmeans(z, cuts)
-        mine = _fit(z, cuts)
-        bic = -2 * _sum(mine) + (3 * k - 1) * math.log(z.shape[1])
+        cuts, likelihood, mine = _likeliest(z, cuts) if k > 1 else (cuts, _sum(one := _fit(z, cuts)), one)
+        bic = -2 * likelihood + (3 * k - 1) * math.log(z.shape[1])
         better = (bic < best) & (k <= distinct)
         best = torch.where(better, bic, best)
         chosen = torch.where(better, k, chosen)
@@ -71,18 +69,38 @@ def _choose(z: Tensor, distinct: Tensor, max_components: int, density: Tensor) -
     return chosen
 
 
-def _kmeans(z: Tensor, cuts: Tensor) -> Tensor:
-    """One cluster more. Cluster k of a row is ``z[cuts[k]:cuts[k + 1]]``."""
+def _likeliest(z: Tensor, cuts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Of the mixtures with a component more, one for each cluster that is split, that of the highest likelihood: the
+    clusters it started from, its log-likelihood ``[rows]``, -inf where no cluster can be split, and the log-density of
+    each score."""
+    best = (torch.cat([cuts, cuts[:, -1:]], 1), torch.full_like(z[:, 0], -math.inf), torch.zeros_like(z))
+    for cluster in range(cuts.shape[1] - 1):
+        start = _kmeans(z, cuts, cluster)
+        density = _fit(z, start)
+        # Where there are not enough scores a cluster may be empty.
+        first = cuts[:, cluster, None].clamp_max(z.shape[1] - 1)
+        divisible = z.gather(1, first) < z.gather(1, cuts[:, cluster + 1, None] - 1)
+        likelihood = torch.where(divisible[:, 0], _sum(density), -math.inf)
+        better = likelihood > best[1]
+        best = tuple(
+            torch.where(better[:, None] if new.dim() > 1 else better, new, old)
+            for new, old in zip((start, likelihood, density), best, strict=True)
+        )
+    return best
+
+
+def _kmeans(z: Tensor, cuts: Tensor, cluster: int) -> Tensor:
+    """One cluster more, from a cut of `cluster`. Cluster k of a row is ``z[cuts[k]:cuts[k + 1]]``."""
+    if z.shape[1] == 1:
+        return torch.cat([cuts, cuts[:, -1:]], 1)
     sums = torch.nn.functional.pad(z.cumsum(1), (1, 0))
-    inner = torch.arange(1, z.shape[1], device=z.device).expand(len(z), -1).contiguous()
-    segment = torch.searchsorted(cuts, inner, right=True)
-    left, right = cuts.gather(1, segment - 1), cuts.gather(1, segment.clamp_max(cuts.shape[1] - 1))
+    inner = torch.arange(1, z.shape[1], device=z.device)
+    left, right = cuts[:, cluster, None], cuts[:, cluster + 1, None]
     n_left, n_right = inner - left, right - inner
     middle = sums[:, 1:-1]
     gap = (middle - sums.gather(1, left)) / n_left - (sums.gather(1, right) - middle) / n_right
-    gain = torch.where(n_left > 0, gap.square() * (n_left * n_right / (n_left + n_right)), -1.0)
-    if not inner.shape[1]:
-        return torch.cat([cuts, cuts[:, -1:]], 1)
+    gain = gap.square() * (n_left * n_right / (n_left + n_right))
+    gain = torch.where((n_left > 0) & (n_right > 0), gain, -1.0)
     cuts = torch.cat([cuts, 1 + gain.argmax(1, keepdim=True)], 1).sort(1).values
     for _ in range(_LLOYD_STEPS):
         means = sums.gather(1, cuts).diff(dim=1) / cuts.diff(dim=1)
