@@ -6,12 +6,10 @@ for pytest to rewrite, which would warn that the module has been imported: PYTES
 
 from __future__ import annotations
 
-import ctypes
 import math
 import os
 import sys
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import NamedTuple
 
 import pytest
@@ -19,6 +17,7 @@ import torch
 from torch import Tensor
 
 from nirvana import ops
+from nirvana.evaluation.peak import Peak
 from nirvana.ops.backends import BACKENDS
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -133,24 +132,8 @@ def short(dtypes: object) -> str:
 
 def peak_growth(device: str, function: Callable[[], object]) -> int:
     """Bytes by which the peak memory during `function` exceeds the memory in use before it."""
-    if device == "cuda":
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
+    with Peak(device, give_back=True) as peak:
         function()
-        torch.cuda.synchronize()
-        return torch.cuda.max_memory_allocated() - before
-    status, marks = Path("/proc/self/status"), Path("/proc/self/clear_refs")
-    if not marks.exists():
+    if peak.bytes is None:
         pytest.skip("the peak of a process's memory can be reset on Linux alone")
-    # Freed memory that the allocator still holds would be taken again and not be seen.
-    ctypes.CDLL(None).malloc_trim(0)
-    marks.write_text("5")
-    before = _field(status, "VmRSS")
-    function()
-    return _field(status, "VmHWM") - before
-
-
-def _field(status: Path, name: str) -> int:
-    line = next(line for line in status.read_text().splitlines() if line.startswith(name + ":"))
-    return int(line.split()[1]) * 1024
+    return peak.bytes
