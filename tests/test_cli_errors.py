@@ -1021,8 +1021,7 @@ def signal_when(appears: Callable[[], bool], number: signal.Signals, *arguments:
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        # A shell that runs tests in the background lets them ignore Ctrl-C, and children inherit that.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+        preexec_fn=_gives_way,
     )
     deadline = time.monotonic() + 60
     while not appears():
@@ -1032,6 +1031,13 @@ def signal_when(appears: Callable[[], bool], number: signal.Signals, *arguments:
     process.send_signal(number)
     stdout, stderr = process.communicate(timeout=60)
     return Outcome(process.returncode, stdout, stderr)
+
+
+def _gives_way() -> None:
+    # A shell that runs tests in the background lets them ignore Ctrl-C, and children inherit that.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    # On a busy machine the command is not to be done before this process has looked.
+    os.nice(19)
 
 
 def partial_folders(target: Path) -> list[Path]:
