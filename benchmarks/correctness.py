@@ -14,13 +14,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nirvana.benchmarks import harness, kl, saliency
+from nirvana.benchmarks import harness, kl, mixture, saliency
+from nirvana.benchmarks.gaussians import Found, agreement
 from nirvana.benchmarks.harness import Settings, Way, WrongResultError
-from nirvana.ops import SaliencyEntry, foreach_group_saliency, gather_slice, group_saliency, kl_divergence
+from nirvana.ops import (
+    SaliencyEntry,
+    foreach_group_saliency,
+    gather_slice,
+    group_saliency,
+    kl_divergence,
+    mixture_bounds,
+)
 
 #: (rows, columns, group): one, odd, longer than a tile in either direction, and of ordinary size.
 SHAPES = ((1, 1, 1), (15, 37, 1), (255, 513, 1), (3, 4099, 1), (4099, 3, 1), (384, 1024, 64), (1024, 2048, 1))
 QUICK_SHAPES = SHAPES[1:3]
+#: (units, length): below a step, odd, an MLP of 135 million and of 8 billion parameters, and longer.
+MIXTURES = ((40, 7), (40, 513), (200, 1728), (40, 12_288), (2, 70_001))
+QUICK_MIXTURES = ((10, 7), (10, 67))
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -35,6 +46,8 @@ def checks(settings: Settings) -> Iterator[tuple[str, Callable[[Way], None]]]:
             yield f"gather_slice {arguments}", functools.partial(_gather, *arguments)
     for (tokens, vocabulary, _), dtype in itertools.product(shapes, DTYPES):
         yield f"kl_divergence {tokens, vocabulary, dtype}", functools.partial(_kl, tokens, vocabulary, dtype, device)
+    for units, length in QUICK_MIXTURES if settings.quick else MIXTURES:
+        yield f"mixture_bounds {units, length}", functools.partial(_mixture, units, length, device)
     yield "foreach_group_saliency", functools.partial(_foreach, shapes, device)
 
 
@@ -92,6 +105,23 @@ def _kl(tokens: int, vocabulary: int, dtype: torch.dtype, device: str, way: Way)
     if not error <= 1e-5:  # nats; of one or two words KL may be 0, so no relative error
         raise WrongResultError(f"{way.name} is wrong by {error:.2g} nats against float64")
     _assert_same(way, first, second)
+
+
+def _mixture(units: int, length: int, device: str, way: Way) -> None:
+    """As the reference on all rows but one in 20, which may stop a step apart; NaN where a score is not finite."""
+    scores = mixture.random_scores(units, length).to(device)
+    scores[0, -1] = torch.inf
+    first, second = mixture_bounds(scores), mixture_bounds(scores)
+    with harness.forced("torch"):
+        exact = mixture_bounds(scores)
+    if not first.low[0].isnan() or not first.high[0].isnan() or first.components[0] != 0:
+        raise WrongResultError(f"{way.name} gives bounds of scores that are not finite")
+    ours, theirs = (Found(type(found)(*(part[1:] for part in found))) for found in (first, exact))
+    share = agreement(ours, theirs, scores[1:])["agree"]
+    if share < mixture.AGREEMENT:
+        raise WrongResultError(f"{way.name} agrees with the reference on {share:.0%} of the rows")
+    for one, other in zip(first, second, strict=True):
+        _assert_same(way, one[1:], other[1:])
 
 
 def _assert_same(way: Way, first: Tensor, second: Tensor) -> None:

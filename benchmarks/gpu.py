@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from nirvana.benchmarks import correctness, environment, harness, kl, report, saliency, shapes, slice
+from nirvana.benchmarks import correctness, environment, harness, kl, mixture, report, saliency, shapes, slice
 from nirvana.benchmarks.harness import Settings
 from nirvana.errors import NirvanaError
 
@@ -102,6 +102,7 @@ STAGES = {
     "slice": Stage(lambda settings: slice.run(settings, ["bfloat16", "float32"]), 40),
     "scoring": Stage(score, 80),
     "kl": Stage(lambda settings: kl.run(settings, ["bfloat16", "float32"]), 50),
+    "mixture": Stage(mixture.run, 40),
     "inference": Stage(infer, 110),
 }
 

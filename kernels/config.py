@@ -101,3 +101,24 @@ class DivergenceConfig:
     block: int = 8
     num_warps: int = 8
     num_stages: int = 3
+
+
+@dataclass(frozen=True)
+class MixtureConfig:
+    """Blocks of `mixture`: a program takes a row, a thread one score a step.
+
+    Attributes:
+        block: scores of a step.
+        terms: steps that a lane adds in fp32 before it widens.
+        num_warps: warps of a program. Short rows take one, which adds its lanes up without a barrier. Not above 8,
+            because each thread holds 3 K + 1 sums twice, in fp32 and fp64: up to 167 registers for 8 components.
+    """
+
+    block: int
+    terms: int
+    num_warps: int
+
+    @classmethod
+    def of(cls, length: int) -> MixtureConfig:
+        warps = 1 if length <= 4096 else 8
+        return cls(block=32 * warps, terms=32, num_warps=warps)

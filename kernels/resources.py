@@ -26,7 +26,7 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.driver import CudaDriver
 from triton.runtime.jit import JITFunction
 
-from nirvana.kernels import divergence, gather, saliency
+from nirvana.kernels import divergence, gather, mixture, saliency
 from nirvana.ops.backends import Matrices
 from nirvana.ops.saliency import STATISTICS
 
@@ -47,7 +47,13 @@ class Resources(NamedTuple):
     wide_stores: int
 
 
-Case = tuple[str, str, Callable[[], None]]
+class Case(NamedTuple):
+    """One specialisation: a call, and which of the kernels that it launches."""
+
+    kernel: str
+    text: str
+    launch: Callable[[], None]
+    place: int = 0
 
 
 def _zeros(rows: int, columns: int, dtype: torch.dtype) -> Tensor:
@@ -62,7 +68,7 @@ def _saliency(weight: torch.dtype, grad: torch.dtype, mask: int, columns: int = 
         out = torch.zeros(mask.bit_count(), 64)
         saliency.saliency([Matrices(_zeros(64, columns, weight), _zeros(64, columns, grad), 0, 1, out)], mask)
 
-    return "saliency tiles", f"{_NAMES[weight]} weight, {_NAMES[grad]} grad, {names}{aligned}", launch
+    return Case("saliency tiles", f"{_NAMES[weight]} weight, {_NAMES[grad]} grad, {names}{aligned}", launch)
 
 
 def _gather(bits: int, axis: int, unit: int, columns: int, text: str) -> Case:
@@ -73,7 +79,7 @@ def _gather(bits: int, axis: int, unit: int, columns: int, text: str) -> Case:
         out = _zeros(16, columns, dtype) if axis == 0 else _zeros(64, 16 * unit, dtype)
         gather.gather([_zeros(64, columns, dtype)], kept, axis, unit, [out])
 
-    return "gather", text, launch
+    return Case("gather", text, launch)
 
 
 def _divergence(dtype: torch.dtype, vocabulary: int, state: bool) -> Case:
@@ -86,7 +92,15 @@ def _divergence(dtype: torch.dtype, vocabulary: int, state: bool) -> Case:
         else:
             divergence.divergence(p, q, torch.zeros(4))
 
-    return "divergence", f"{_NAMES[dtype]}, {'state' if state else 'result'}{aligned}", launch
+    return Case("divergence", f"{_NAMES[dtype]}, {'state' if state else 'result'}{aligned}", launch)
+
+
+def _mixture(kernel: str, text: str, place: int, length: int = 1728) -> Case:
+    def launch() -> None:
+        low, high = torch.zeros(4), torch.zeros(4)
+        mixture.mixture(_zeros(4, length, torch.float32), 5, 2, low, high, torch.zeros(4, dtype=torch.int32))
+
+    return Case(f"mixture {kernel}", text, launch, place)
 
 
 _FP32, _BF16 = torch.float32, torch.bfloat16
@@ -102,7 +116,7 @@ CASES: list[Case] = [
     _saliency(_BF16, _BF16, ALL),
     _saliency(_FP32, _FP32, ALL),
     _saliency(_BF16, _BF16, ALL, columns=255),
-    ("saliency totals", "", _saliency(_FP32, _FP32, STATISTICS["taylor"])[2]),
+    Case("saliency totals", "", _saliency(_FP32, _FP32, STATISTICS["taylor"]).launch, 1),
     _gather(16, 0, 1, 256, "rows, 8 bytes, aligned"),
     _gather(16, 0, 1, 255, "rows, 2 bytes"),
     _gather(16, 1, 1, 256, "columns, 2 bytes, aligned"),
@@ -112,6 +126,12 @@ CASES: list[Case] = [
     _divergence(_FP32, 512, state=False),
     _divergence(_FP32, 512, state=True),
     _divergence(_BF16, 511, state=False),
+    _mixture("standardisation", "1728 scores", 0),
+    *(_mixture("fit", f"{k} component{'s'[: k > 1]}, 1728 scores", k) for k in range(1, 6)),
+    _mixture("fit", "3 components, 12288 scores", 3, 12_288),
+    _mixture("fit", "5 components, 12288 scores", 5, 12_288),
+    _mixture("density", "1728 scores", 6),
+    _mixture("ends", "1728 scores", 7),
 ]
 
 
@@ -137,11 +157,11 @@ def render(measured: dict[int, list[Resources]]) -> str:
         + " |",
         "| --- | --- | --- | --- |" + " --- |" * len(measured),
     ]
-    for index, (kernel, text, _) in enumerate(CASES):
+    for index, case in enumerate(CASES):
         row = [of_architecture[index] for of_architecture in measured.values()]
         cells = [
-            kernel,
-            text,
+            case.kernel,
+            case.text,
             _distinct(one.wide_loads for one in row),
             _distinct(one.wide_stores for one in row),
             *(f"{one.registers}, {one.shared / 1024:.3g}" for one in row),
@@ -156,11 +176,10 @@ def _distinct(values: Iterator[int]) -> str:
 
 def _measure(architecture: int) -> list[Resources]:
     results = []
-    for kernel, _, launch in CASES:
+    for case in CASES:
         with _compile_only(architecture) as compiled:
-            launch()
-        # A call of `saliency` launches both of its kernels.
-        results.append(_inspect(compiled[-1] if kernel == "saliency totals" else compiled[0]))
+            case.launch()
+        results.append(_inspect(compiled[case.place]))
     return results
 
 
@@ -215,9 +234,9 @@ def _inspect(kernel: Any) -> Resources:
 def spilled(measured: dict[int, list[Resources]]) -> list[str]:
     """One line for each case that spills registers. It must be empty: local memory would cost more than it saves."""
     return [
-        f"sm_{architecture}, {kernel}, {text}: {one.stack} bytes of stack, {one.spills} loads and stores"
+        f"sm_{architecture}, {case.kernel}, {case.text}: {one.stack} bytes of stack, {one.spills} loads and stores"
         for architecture, results in measured.items()
-        for (kernel, text, _), one in zip(CASES, results, strict=True)
+        for case, one in zip(CASES, results, strict=True)
         if one.stack or one.spills
     ]
 

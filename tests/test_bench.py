@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 
-from nirvana.benchmarks import gpu, harness, plots, report, saliency
+from nirvana.benchmarks import gpu, harness, mixture, plots, report, saliency
 from nirvana.benchmarks.harness import Job, Settings, Way, WrongResultError
 from nirvana.commands import bench
 from nirvana.ops.backends import reference
@@ -73,6 +73,27 @@ def test_one_candidate(cli_here):
     assert [record["way"] for record in records] == ["published", "nirvana"]
     assert records[0]["kl"] == pytest.approx(records[1]["kl"], rel=1e-3)
     assert all(record["total_s"] > 0 and record["peak_bytes"] > 0 for record in records)
+
+
+def test_mixtures(cli_here):
+    outcome = cli_here("bench", "mixture", "--quick", "--device", "cpu", "--json")
+    assert outcome.code == 0, outcome.stderr
+    records = json.loads(outcome.stdout)["mixture"]["records"]
+    assert {"scikit-learn", "nirvana, torch"} <= {record["way"] for record in records["mixture_bounds"]}
+    assert all(record["seconds"] > 0 for record in records["mixture_bounds"])
+    exact = [
+        pair for pair in records["agreement"] if pair["second"] == mixture.OUR_STARTS and "nirvana" in pair["first"]
+    ]
+    assert exact
+    assert all(pair["agree"] == 1 for pair in exact)
+
+
+def test_a_wrong_mixture_is_refused(cli_here, monkeypatch):
+    right = mixture.mixture_bounds
+    monkeypatch.setattr(mixture, "mixture_bounds", lambda scores, **_: right(scores, max_components=1))
+    outcome = cli_here("bench", "mixture", "--quick", "--device", "cpu")
+    assert outcome.code == 1
+    assert "WrongResultError: nirvana, torch and scikit-learn, starts of nirvana agree on" in outcome.stderr
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ BENCHMARKS = {
     "saliency": "scores of rows and columns, error against float64, a whole small model in one call",
     "slice": "cutting kept rows and columns out of a weight",
     "kl": "KL divergence of logits, time and memory",
+    "mixture": "Gaussian mixtures of score vectors, against scikit-learn on a sample of them",
     "prune": "the whole job on the demo model against the published way, time and memory",
     "selection": "one candidate of a selection against the published way, time and memory",
 }

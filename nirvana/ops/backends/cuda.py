@@ -7,6 +7,7 @@ them out again before the kernels are done.
 
 from __future__ import annotations
 
+import importlib.util
 import itertools
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -16,8 +17,13 @@ from torch import Tensor
 
 from nirvana import _cuda
 from nirvana.ops.backends import Matrices
-from nirvana.ops.backends.reference_mixture import mixture  # no kernel of its own yet
 from nirvana.ops.saliency import STATISTICS
+
+# No kernel of its own: that of Triton, where it is installed.
+if importlib.util.find_spec("triton") is not None:
+    from nirvana.kernels.mixture import mixture
+else:
+    from nirvana.ops.backends.reference_mixture import mixture
 
 __all__ = ["build_table", "divergence", "divergence_state", "gather", "mixture", "saliency"]
 

@@ -2,7 +2,7 @@
 
 from nirvana.kernels.divergence import divergence, divergence_state
 from nirvana.kernels.gather import gather
+from nirvana.kernels.mixture import mixture
 from nirvana.kernels.saliency import saliency
-from nirvana.ops.backends.reference_mixture import mixture  # no kernel of its own yet
 
 __all__ = ["divergence", "divergence_state", "gather", "mixture", "saliency"]
