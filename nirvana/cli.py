@@ -6,7 +6,6 @@ import argparse
 import contextlib
 import logging
 import os
-import signal
 import sys
 import textwrap
 import warnings
@@ -82,8 +81,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command. Returns the exit code."""
     args = _parse(argv)
     _silence_libraries()
-    # A polite kill unwinds like Ctrl-C, so that temporary folders go.
-    signal.signal(signal.SIGTERM, _interrupt)
     try:
         with interruptions_kept(), _backend(args):
             COMMANDS[args.command].run(args)
@@ -125,10 +122,6 @@ def _refuse(command: str, message: str, code: int) -> int:
     """One line on stderr, whatever names with newlines the message repeats."""
     print(f"nirvana {command}: {' '.join(message.split())}", file=sys.stderr)
     return code
-
-
-def _interrupt(number: int, frame: object) -> NoReturn:
-    raise KeyboardInterrupt
 
 
 def _silence_libraries() -> None:
