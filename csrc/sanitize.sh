@@ -7,7 +7,8 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 python=$(realpath -s "$1") kind=$2
 shift 2
-folder=build/sanitize-$kind
+# Sanitizers end an option at a comma, and get this path in one.
+folder=build/sanitize-${kind//,/-}
 mkdir -p "$folder"
 rm -rf "$folder/nirvana"
 cp -rL nirvana "$folder/nirvana"
