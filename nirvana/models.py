@@ -232,10 +232,10 @@ def resolve_device(device: str) -> torch.device:
     return place
 
 
-def resolve_dtype(dtype: str) -> torch.dtype | None:
+def resolve_dtype(dtype: str, option: str = "--dtype") -> torch.dtype | None:
     """None stands for "auto": the type that is stored."""
     if dtype != "auto" and dtype not in DTYPES:
-        raise NirvanaError(f"--dtype {dtype!r} must be one of auto, {', '.join(DTYPES)}")
+        raise NirvanaError(f"{option} {dtype!r} must be one of auto, {', '.join(DTYPES)}")
     return DTYPES.get(dtype)
 
 

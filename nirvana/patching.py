@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 
+import torch
 from torch import nn
 
 
@@ -37,3 +38,19 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
     finally:
         for module, mode in training.items():
             module.training = mode
+
+
+@contextlib.contextmanager
+def parameters_as(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
+    """Inside, floating-point parameters are of `dtype`; buffers stay, as when a checkpoint is loaded in that type.
+
+    Nothing is copied where they are of that type already. What is written to copies inside is lost.
+    """
+    own = {p: p.data for p in model.parameters() if p.is_floating_point() and p.dtype != dtype}
+    try:
+        for parameter, data in own.items():
+            parameter.data = data.to(dtype)
+        yield
+    finally:
+        for parameter, data in own.items():
+            parameter.data = data

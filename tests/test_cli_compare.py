@@ -132,9 +132,10 @@ def test_questions_that_come_later(cli_here, command, tmp_path):
     for printed in (outcome.stdout, (out / "compare.md").read_text()):
         assert accuracy in printed
         assert f"mine ({file}, 7 questions)" in printed
-    other = cli_here(*command(out, *options, "--tasks", f"mine={file}", "--limit", 8))
-    assert other.code == 2
-    assert "holds results of another task mine" in other.stderr
+    for more in (("--limit", 8), ("--limit", 7, "--task-dtype", "bfloat16")):
+        other = cli_here(*command(out, *options, "--tasks", f"mine={file}", *more))
+        assert other.code == 2
+        assert "holds results of another task mine" in other.stderr
 
 
 @pytest.mark.parametrize(
@@ -200,6 +201,7 @@ def test_overwrite_begins_anew(cli_here, command, finished, tmp_path):
         (("--text", "x="), "--text 'x=' is neither a name nor NAME=FILE"),
         (("--tasks", "a=/no/file.jsonl"), "--tasks: no file /no/file.jsonl"),
         (("--tasks", "a=x.jsonl,a=y.jsonl"), "--tasks names a twice"),
+        (("--task-dtype", "int8"), "--task-dtype 'int8' must be one of auto, float32, bfloat16, float16"),
         (("--limit", 0), "--limit 0 must be at least 1"),
         (("--num-examples", 0), "at least 1 example of 2 tokens is needed"),
         (("--calibration", "nowhere"), "no corpus or file 'nowhere'"),

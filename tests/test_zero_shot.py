@@ -147,6 +147,28 @@ def test_limit_asks_the_first_questions(tokenizer, tmp_path):
     assert sum(counted) == ask[0].answers == sum(len(row["choices"]) for row in rows[:4])
 
 
+@pytest.mark.parametrize("family", ["llama", "qwen3-tied"])
+def test_answers_in_another_type_are_those_of_the_model_in_it(family, tokenizer, tmp_path):
+    """And its weights are afterwards what they were, tied ones too."""
+    model = decoder(family)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(8)  # so that bfloat16 answers otherwise
+    before = {name: (id(p), p.data_ptr(), p.clone()) for name, p in model.named_parameters(remove_duplicate=False)}
+    file = written(tmp_path / "questions.jsonl", questions(60, seed=3))
+    single = zero_shot(model, tokenizer, {"mine": file})
+    found = zero_shot(model, tokenizer, {"mine": file}, dtype="bfloat16")
+    after = dict(model.named_parameters(remove_duplicate=False))
+    assert all(
+        (id(after[name]), after[name].data_ptr()) == (key, place) and torch.equal(after[name], value)
+        for name, (key, place, value) in before.items()
+    )
+    model.save_pretrained(tmp_path / "model")
+    loaded = type(model).from_pretrained(tmp_path / "model", dtype=torch.bfloat16)
+    assert found == zero_shot(loaded, tokenizer, {"mine": file})
+    assert found != single
+
+
 def test_encoder_decoder_and_its_own_head(t5_folder, tokenizer, tmp_path):
     """T5 v1.1 is declared tied and has a head of its own, which is there afterwards as before."""
     model = nirvana.load(t5_folder, device="cpu")

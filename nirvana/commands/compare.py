@@ -121,6 +121,7 @@ COMPARE_OPTIONS = (
     "window",
     "windows",
     "limit",
+    "task_dtype",
     "out",
     "overwrite",
     "dtype",

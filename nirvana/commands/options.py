@@ -145,6 +145,12 @@ def add_comparison(parser: ArgumentParser) -> None:
     group.add_argument(
         "--limit", type=int, default=500, metavar="N", help="the first N questions of each task (default: 500)"
     )
+    group.add_argument(
+        "--task-dtype",
+        default="auto",
+        metavar="TYPE",
+        help="type of the weights while questions are answered: auto (as --dtype), float32, bfloat16, float16",
+    )
 
 
 def _add_calibration(group: _ArgumentGroup) -> None:

