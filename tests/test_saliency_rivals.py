@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from test_saliency import draw_tokens, in_float64, scored_parameters, state_of, units_of, used_model
 from test_saliency_masks import RIGHT, assert_near, model_and_tokens
 
-from nirvana import NirvanaError, Saliency, score
+from nirvana import NirvanaError, Saliency, describe, score
 from nirvana.architectures.inputs import model_inputs
 from nirvana.saliency import criteria, needs_calibration
 from nirvana.saliency.activations import InputStatistics
@@ -170,6 +170,28 @@ def test_scores_from_activations_are_those_of_the_formula(name, criterion):
 def test_scores_from_gradients_are_those_of_the_formula(name, criterion):
     model, tokens = model_and_tokens(name)
     assert_near(score(model, tokens, criterion=criterion), differentiated(criterion, model, tokens))
+
+
+@pytest.mark.parametrize("name", ["llama", "llama-head-dim", "qwen3", "t5-gated"])
+def test_llm_pruner_as_published_folds_channels(name):
+    """Channels of the longer members onto those of the shortest by reshape(-1, shortest).sum(0), heads summed last."""
+    model, tokens = model_and_tokens(name)
+    doubled = in_float64(model)
+    first, weights = gradients(doubled, tokens), dict(doubled.named_parameters())
+    ours, plain = (score(model, tokens, criterion=c) for c in ("llm-pruner-faithful", "llm-pruner"))
+    truth = {}
+    for block in describe(model).blocks:
+        channels = [
+            (weights[part.tensor] * first[part.tensor]).abs().sum(1 - part.axis)
+            for part in block.slices
+            if part.width and part.scored
+        ]
+        shortest = min(map(len, channels))
+        folded = sum(member.reshape(-1, shortest).sum(0) for member in channels)
+        truth[block.name] = folded.view(block.size, -1).sum(1)
+    assert_near(ours, truth)
+    shared = any(part.heads > 1 for block in describe(model).blocks for part in block.slices)
+    assert any(not torch.equal(ours[block], plain[block]) for block in ours) == shared
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -23,6 +23,7 @@ class Slice:
         width: length of the other axis; 0 for a bias. `unit * width` parameters belong to each unit.
         source: name of the tensor it is cut from, where that differs from `tensor` (T5's shared position bias).
         scored: whether |gradient x weight| of this tensor counts for the unit.
+        heads: attention heads of the unit in this tensor: several where query heads share a key/value head.
     """
 
     tensor: str
@@ -31,6 +32,7 @@ class Slice:
     width: int = 0
     source: str = ""
     scored: bool = True
+    heads: int = 1
 
     @property
     def source_tensor(self) -> str:

@@ -42,13 +42,13 @@ class DecoderFamily(Family):
     def _attention(self, name: str, layer: PreTrainedConfig) -> Block:
         groups, hidden, head_dim = layer.num_key_value_heads, layer.hidden_size, head_dimension(layer)
         # In HF order query head h reads key/value head h // ratio: the query heads of a group are consecutive rows.
-        query = layer.num_attention_heads // groups * head_dim
-        rows = {"q_proj": query, "k_proj": head_dim, "v_proj": head_dim}
-        slices = [Slice(f"{name}.{part}.weight", 0, unit, hidden) for part, unit in rows.items()]
-        slices.append(Slice(f"{name}.o_proj.weight", 1, query, hidden))
+        queries = layer.num_attention_heads // groups
+        heads = {"q_proj": queries, "k_proj": 1, "v_proj": 1}
+        slices = [Slice(f"{name}.{part}.weight", 0, n * head_dim, hidden, heads=n) for part, n in heads.items()]
+        slices.append(Slice(f"{name}.o_proj.weight", 1, queries * head_dim, hidden, heads=queries))
         if self.attention_bias(layer):
-            slices += [Slice(f"{name}.{part}.bias", 0, unit) for part, unit in rows.items()]
-        return Block(name, KV_GROUP, groups, tuple(slices), f"{name}.o_proj", query)
+            slices += [Slice(f"{name}.{part}.bias", 0, n * head_dim, heads=n) for part, n in heads.items()]
+        return Block(name, KV_GROUP, groups, tuple(slices), f"{name}.o_proj", queries * head_dim)
 
     def _mlp(self, name: str, layer: PreTrainedConfig) -> Block:
         hidden = layer.hidden_size

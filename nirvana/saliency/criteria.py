@@ -30,7 +30,17 @@ from nirvana.architectures import Slice
 from nirvana.ops import group_saliency
 from nirvana.saliency.afr import FORMS
 from nirvana.saliency.kinds import Criterion, MaskCriterion, WeightCriterion
-from nirvana.saliency.rivals import cfsp, cfsp_faithful, flap, llm_pruner, lorap, magnitude_l2, taylor2, wanda_sp
+from nirvana.saliency.rivals import (
+    cfsp,
+    cfsp_faithful,
+    flap,
+    llm_pruner,
+    llm_pruner_faithful,
+    lorap,
+    magnitude_l2,
+    taylor2,
+    wanda_sp,
+)
 
 
 def _nirvana(weight: Tensor, gradient: Tensor | None, part: Slice, scores: Tensor) -> None:
@@ -61,6 +71,7 @@ CRITERIA: dict[str, Criterion] = {
     "magnitude-l2": magnitude_l2.CRITERION,
     "llm-pruner": llm_pruner.ELEMENTS,
     "llm-pruner-vector": llm_pruner.VECTORS,
+    "llm-pruner-faithful": llm_pruner_faithful.CRITERION,
     "taylor2": taylor2.CRITERION,
     "wanda-sp": wanda_sp.CRITERION,
     "flap": flap.CRITERION,

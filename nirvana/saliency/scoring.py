@@ -55,10 +55,10 @@ def score(
         tokens: calibration batch, int64 ``[examples, tokens]``. Not needed by "magnitude...", and "random".
         criterion: "nirvana" (sum of |gradient x weight|), "mask-fisher" (sum over examples of m_nj^2), "mask-abs" (sum
             over examples of |m_nj|), "magnitude" (sum of |weight|) or "random"; those of other papers in
-            `nirvana.saliency.rivals`: "magnitude-l2", "llm-pruner", "llm-pruner-vector", "taylor2" (a backward pass an
-            example), "wanda-sp", "flap", "cfsp", "cfsp-faithful", "lorap" (one forward pass); AFR's in
-            `nirvana.saliency.afr`: "afr-mean", "afr-abs", "afr-gmm", "afr-abs-gmm" (two backward passes); or several,
-            as "nirvana+mask-fisher": the mean of their ranks (`combine`).
+            `nirvana.saliency.rivals`: "magnitude-l2", "llm-pruner", "llm-pruner-vector", "llm-pruner-faithful",
+            "taylor2" (a backward pass an example), "wanda-sp", "flap", "cfsp", "cfsp-faithful", "lorap" (one forward
+            pass); AFR's in `nirvana.saliency.afr`: "afr-mean", "afr-abs", "afr-gmm", "afr-abs-gmm" (two backward
+            passes); or several, as "nirvana+mask-fisher": the mean of their ranks (`combine`).
         objective: the scalar that is differentiated: "max-logit" (as published) or "nll". None takes the criterion's
             own: max-logit for nirvana, nll for all others that differentiate.
         attention_mask: ``[examples, tokens]``, 0 where a short example is padded; padding counts for nothing.

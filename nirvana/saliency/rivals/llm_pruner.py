@@ -5,8 +5,9 @@ not scored. Published: nll of the batch, one backward pass; the same rate in eve
 of 32, which stay whole.
 
 Left out: the published code adds query channel r to key channel r mod (K d) where query heads share key/value heads, so
-that group k gets the scores of heads k, k + K, k + 2K, ... while heads kG .. kG + G - 1 are removed with it. Here a
-group's score is that of the heads that go. (Its `param_mix` adds a second-order term: see taylor2.)
+that group k gets the scores of heads k, k + K, k + 2K, ... while heads kG .. kG + G - 1 are removed with it (that is
+`llm_pruner_faithful`). Here a group's score is that of the heads that go. (`param_mix` adds a second-order term: see
+taylor2.)
 """
 
 from __future__ import annotations
