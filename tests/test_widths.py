@@ -326,10 +326,16 @@ def test_plan_says_the_price(cli_here, llama_folder, saliency_file, tmp_path):
 
 @pytest.fixture(scope="module")
 def seed_oss(tmp_path_factory):
-    """A Qwen2 without sliding windows that keeps two of three heads: dense model, plan, checkpoint."""
+    """A Qwen2 without sliding windows that keeps two of three heads: dense model, plan, checkpoint.
+
+    Its configuration has keys of other families, which Qwen2 does not read and Seed-OSS does.
+    """
     folder = tmp_path_factory.mktemp("seed-oss")
     dense = build(CONFIGS["qwen2-tied"], seed=0)
     dense.save_pretrained(folder / "dense")
+    config = folder / "dense" / "config.json"
+    strays = {"attention_bias": False, "attention_out_bias": True, "residual_dropout": 0.5}
+    config.write_text(json.dumps(json.loads(config.read_text()) | strays))
     plan = uniform_plan(dense, groups=2, neurons=13, seed=0)
     return dense, plan, nirvana.apply_checkpoint(folder / "dense", plan, folder / "small")
 

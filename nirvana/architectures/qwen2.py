@@ -25,7 +25,8 @@ class Qwen2(DecoderFamily):
         stale = ("use_sliding_window", "sliding_window", "max_window_layers", "layer_types")
         shared = {key: value for key, value in settings.items() if key not in stale}
         biases = {"attention_bias": True, "attention_out_bias": False, "mlp_bias": False}
-        return SeedOssConfig(**shared, **biases, residual_dropout=0.0)
+        # A Qwen2 configuration may carry such keys too; Qwen2 reads none of them.
+        return SeedOssConfig(**(shared | biases | {"residual_dropout": 0.0}))
 
 
 FAMILY = Qwen2()
