@@ -23,6 +23,7 @@ from nirvana.published import allocate_as_published
 from nirvana.references import REFERENCES, PrunedReference, Reference
 from nirvana.repair import repair
 from nirvana.saliency.criteria import CRITERIA, RANDOM
+from nirvana.saliency.kinds import WeightCriterion
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -255,6 +256,45 @@ def test_same_model_same_rows_in_memory_and_from_disk(compared, llama_folder, to
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert not found.scoring["random"]["reads_calibration"]
     assert found.scoring["flap"]["reads_calibration"]
+
+
+@pytest.mark.parametrize("on_disk", [True, False])
+def test_passes_are_shared_and_scores_are_those_of_each(compared, llama_folder, texts, tokenizer, tmp_path, on_disk):
+    """AFR's forms share their walks, also as parts of sums; a sum takes the scores that its parts have."""
+    names, passes = ["afr-abs", "nirvana+afr-gmm", "nirvana"], []
+    out = tmp_path / "out"
+    options = {"criteria": names, "sparsity": [0.3], "scope": ["mlp"], "allocation": ["common"]}
+    with pytest.MonkeyPatch.context() as patch:
+        scored = Bench.score
+        patch.setattr(Bench, "score", lambda bench, names, step: (passes.append(names), scored(bench, names, step))[1])
+        found, rows = compared(llama_folder, **options, **({"out": out} if on_disk else {}))
+    assert passes == [["afr-abs", "afr-gmm"], ["nirvana"]]
+    assert [row["criterion"] for row in rows] == names
+    scoring = found.scoring
+    assert scoring["afr-abs"] == scoring["afr-gmm"]
+    assert scoring["afr-abs"]["together"] == ["afr-abs", "afr-gmm"]
+    whole = scoring["nirvana+afr-gmm"]
+    assert whole["seconds"] == scoring["nirvana"]["seconds"] + scoring["afr-gmm"]["seconds"]
+    assert "together" not in whole
+    if on_disk:
+        assert "scored together, all in that time: afr-abs, afr-gmm" in (out / "compare.md").read_text()
+        model = nirvana.load(llama_folder, device="cpu")
+        tokens = load_batch(texts / "hills.txt", tokenizer, num_examples=4, seq_len=16)
+        for name in (*names, "afr-gmm"):
+            kept, alone = Saliency.load(out / SCORES.format(name)), nirvana.score(model, tokens, criterion=name)
+            assert kept.settings == alone.settings
+            assert all(torch.equal(kept[block], alone[block]) for block in alone)
+
+
+def test_what_cannot_be_scored_is_a_reason(compared, llama_folder, monkeypatch):
+    """Of its own rows and of sums with it; the others go on."""
+    nowhere = WeightCriterion(lambda weight, gradient, part, scores: scores.fill_(math.nan))
+    monkeypatch.setitem(CRITERIA, "nowhere", nowhere)
+    options = {"sparsity": [0.3], "scope": ["mlp"], "allocation": ["common"]}
+    found, rows = compared(llama_folder, criteria=["nowhere+random", "nowhere", "random+magnitude"], **options)
+    assert list(found.scoring) == ["random", "magnitude", "random+magnitude"]
+    assert not found.scoring["random+magnitude"]["reads_calibration"]
+    assert ["NaN" in row.get("impossible", "") for row in rows] == [True, True, False]
 
 
 def test_encoder_decoder(compared, t5_folder):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +23,9 @@ from nirvana.references import REFERENCES
 from nirvana.repair import BIAS, NONE, repair
 from nirvana.repair.weights import OutputWeights
 from nirvana.saliency import Saliency, needs_calibration, score
+from nirvana.saliency.afr import score_forms
+from nirvana.saliency.criteria import CRITERIA
+from nirvana.saliency.scoring import score_of_sum
 from nirvana.slicing import apply
 
 
@@ -53,23 +56,47 @@ class Bench:
         self._rule = {"align": align, "gamma": gamma}
         self._seed, self._micro_batch = seed, micro_batch
 
-    def score(self, criterion: str, progress: Callable[[], None]) -> tuple[Saliency, dict[str, Any]]:
-        """Scores, and what they took: seconds and peak memory of the scoring pass alone, in this process."""
-        reads = needs_calibration(criterion)
+    @property
+    def scored_tensors(self) -> int:
+        """How often a scoring pass calls its `progress`."""
+        return sum(part.scored for block in self.architecture.blocks for part in block.slices)
+
+    def score(
+        self, criteria: Sequence[str], progress: Callable[[], None]
+    ) -> tuple[dict[str, Saliency], dict[str, Any]]:
+        """Scores, and what they took: seconds and peak memory of the scoring pass alone, in this process.
+
+        Args:
+            criteria: one; or several on pairs, with one objective, which share their walks.
+            progress: see `nirvana.score`.
+        """
+        reads = needs_calibration(criteria[0])
         with Peak(self.model.device, give_back=True) as peak:
             started = time.perf_counter()
-            saliency = score(
-                self.model,
-                self.tokens if reads else None,
-                criterion=criterion,
-                micro_batch=self._micro_batch if reads else None,
-                seed=self._seed,
-                progress=progress,
-            )
+            if len(criteria) > 1:
+                rules = {name: CRITERIA[name] for name in criteria}
+                options = {"objective": rules[criteria[0]].objective, "micro_batch": self._micro_batch}
+                scores = score_forms(self.model, self.tokens, rules, **options, progress=progress)
+            else:
+                scores = {criteria[0]: self._score(criteria[0], reads, progress)}
             if self.model.device.type == "cuda":
                 torch.cuda.synchronize(self.model.device)
             seconds = time.perf_counter() - started
-        return saliency, {"seconds": seconds, "peak_bytes": peak.bytes, "reads_calibration": reads}
+        return scores, {"seconds": seconds, "peak_bytes": peak.bytes, "reads_calibration": reads}
+
+    def _score(self, criterion: str, reads: bool, progress: Callable[[], None]) -> Saliency:
+        return score(
+            self.model,
+            self.tokens if reads else None,
+            criterion=criterion,
+            micro_batch=self._micro_batch if reads else None,
+            seed=self._seed,
+            progress=progress,
+        )
+
+    def sum(self, criterion: str, parts: Sequence[Saliency]) -> Saliency:
+        """Scores of a sum a+b, of those of its parts."""
+        return score_of_sum(criterion, parts, self.architecture)
 
     def prune(self, case: Case, saliency: Saliency | None) -> Pruned:
         """The smaller model of a case.

@@ -21,12 +21,14 @@ from nirvana.comparison.bench import Bench
 from nirvana.comparison.cases import ALLOCATIONS, REFERENCE, Case, default_criteria, list_cases
 from nirvana.comparison.plot import draw
 from nirvana.comparison.record import FILE, PLOT, TABLE, Record, check_folder
+from nirvana.comparison.scores import Scores
 from nirvana.comparison.table import markdown
 from nirvana.errors import NirvanaError
 from nirvana.evaluation.text import check_windows, text_windows
 from nirvana.evaluation.zero_shot import Task, read_tasks, zero_shot
 from nirvana.models import resolve, resolve_dtype
 from nirvana.progress import Progress
+from nirvana.saliency import Saliency
 from nirvana.selection import Probe
 from nirvana.selection.state import model_fingerprint
 from nirvana.widths import WidthRule
@@ -253,7 +255,7 @@ class _Run:
         """Do what is missing. Returns how many rows there were."""
         done = sum(self._finished(case) for case in self._cases)
         dense = self._record.document["dense"]
-        scored = sum(part.scored for block in self._bench.architecture.blocks for part in block.slices)
+        scores = Scores(self._record, self._bench, [case.criterion for case in self._cases], self._progress)
         with self._progress.stage("compare", len(self._cases)) as advance:
             if not self._evaluation.complete(dense):
                 totals = {
@@ -263,29 +265,18 @@ class _Run:
                 self._record.document["dense"] = self._evaluation.add(dense | totals, None, self._progress)
                 self._record.save()
             advance(done)
-            saliency, criterion = None, None
             for case in self._cases:
-                if self._finished(case):
-                    continue
-                if case.allocation != REFERENCE and case.criterion != criterion:
-                    criterion, saliency = case.criterion, self._record.saliency(case.criterion)
-                    if saliency is None:
-                        with self._progress.stage(f"score {criterion}", scored) as step:
-                            try:
-                                saliency, figures = self._bench.score(criterion, lambda step=step: step(1))
-                            except NirvanaError as error:
-                                saliency = error
-                            else:
-                                self._record.put_saliency(criterion, saliency, figures)
-                self._record.put(case, self._figures(case, saliency))
-                advance(1)
+                if not self._finished(case):
+                    saliency = None if case.allocation == REFERENCE else scores.of(case.criterion)
+                    self._record.put(case, self._figures(case, saliency))
+                    advance(1)
         return done
 
     def _finished(self, case: Case) -> bool:
         row = self._record.row(case)
         return row is not None and ("impossible" in row or self._evaluation.complete(row))
 
-    def _figures(self, case: Case, saliency: Any) -> dict[str, Any]:
+    def _figures(self, case: Case, saliency: Saliency | NirvanaError | None) -> dict[str, Any]:
         started = time.perf_counter()
         try:
             if isinstance(saliency, NirvanaError):

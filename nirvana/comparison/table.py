@@ -68,6 +68,10 @@ def notes(document: Mapping[str, Any]) -> list[str]:
     if tasks:
         asked = ", ".join(_asked(name, task) for name, task in tasks.items())
         lines.insert(2, f"tasks: {asked}; % right, and with log-likelihoods divided by the length of the answer")
+    shared = dict.fromkeys(
+        tuple(figures["together"]) for figures in document["scoring"].values() if "together" in figures
+    )
+    lines += [f"scored together, all in that time: {', '.join(names)}" for names in shared]
     return lines + ([f"read no calibration text: {', '.join(unread)}"] if unread else [])
 
 

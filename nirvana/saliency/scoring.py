@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -90,8 +90,7 @@ def score(
             score(model, tokens, criterion=name, objective=objective if differentiated[name] else None, **options)
             for name in names
         ]
-        combined = combine(parts, how="rank-mean", model=architecture)
-        return Saliency(combined, {"criterion": criterion, **combined.settings})
+        return score_of_sum(criterion, parts, architecture)
     if criterion == RANDOM:
         return _random(architecture, seed)
     rule = CRITERIA[criterion]
@@ -149,6 +148,12 @@ def score(
     if way is walk_examples:
         scores = {name: values / len(tokens) for name, values in scores.items()}
     return Saliency({name: values.cpu() for name, values in scores.items()}, settings)
+
+
+def score_of_sum(criterion: str, parts: Sequence[Saliency], architecture: Architecture) -> Saliency:
+    """What `score` gives for a sum a+b of criteria, of the scores of its parts."""
+    combined = combine(parts, how="rank-mean", model=architecture)
+    return Saliency(combined, {"criterion": criterion, **combined.settings})
 
 
 def _random(architecture: Architecture, seed: int) -> Saliency:
