@@ -50,7 +50,8 @@ class Comparison:
             perplexity, kl) and tasks (name -> acc, acc_stderr, acc_norm, acc_norm_stderr, samples); note; or
             ``impossible`` with the reason.
         dense: texts and tasks of the dense model, and its parameters.
-        scoring: criterion -> seconds and peak_bytes of its scoring pass, and whether it reads_calibration.
+        scoring: criterion -> seconds and peak_bytes of its scoring pass, whether it reads_calibration, and where one
+            pass scored several criteria, which ones it scored together. Sums cost what their parts did.
         settings, about: what the rows depend on, and where it came from.
         folder: where everything was written, or None.
         resumed: rows that an earlier run had finished.
