@@ -25,7 +25,6 @@ from nirvana.repair.weights import OutputWeights
 from nirvana.saliency import Saliency, needs_calibration, score
 from nirvana.saliency.afr import score_forms
 from nirvana.saliency.criteria import CRITERIA
-from nirvana.saliency.scoring import score_of_sum
 from nirvana.slicing import apply
 
 
@@ -93,10 +92,6 @@ class Bench:
             seed=self._seed,
             progress=progress,
         )
-
-    def sum(self, criterion: str, parts: Sequence[Saliency]) -> Saliency:
-        """Scores of a sum a+b, of those of its parts."""
-        return score_of_sum(criterion, parts, self.architecture)
 
     def prune(self, case: Case, saliency: Saliency | None) -> Pruned:
         """The smaller model of a case.

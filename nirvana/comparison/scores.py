@@ -11,6 +11,7 @@ from nirvana.progress import Progress
 from nirvana.saliency import Saliency
 from nirvana.saliency.criteria import CRITERIA
 from nirvana.saliency.kinds import PairCriterion
+from nirvana.saliency.scoring import score_of_sum
 
 
 class Scores:
@@ -48,7 +49,7 @@ class Scores:
         for part in parts:
             if isinstance(part, NirvanaError):
                 return part
-        saliency = self._bench.sum(criterion, parts)
+        saliency = score_of_sum(criterion, parts, self._bench.architecture)
         costs = [self._record.document["scoring"][name] for name in names]
         figures = {
             "seconds": sum(cost["seconds"] for cost in costs),
