@@ -6,11 +6,13 @@ python -m nirvana.benchmarks.plots FILE.json ... [--out DIR]
 from __future__ import annotations
 
 import argparse
+import io
 import json
 from pathlib import Path
 from typing import Any
 
 from nirvana.benchmarks import report
+from nirvana.checkpoint.atomic import write_file
 from nirvana.errors import NirvanaError
 
 OURS, OTHERS, LIMIT = "#2a7f62", "#b8bec4", "#c2452d"
@@ -39,9 +41,10 @@ def plot(document: dict[str, Any], folder: str | Path) -> Path | None:
         _draw(axis, job)
     axes[-1].set_xlabel("GB/s of the bytes that must be moved, median")
     figure.suptitle(report.machine(document["environment"]), fontsize=9)
-    Path(folder).mkdir(parents=True, exist_ok=True)
+    picture = io.BytesIO()
+    figure.savefig(picture, dpi=120, format="png")
     file = Path(folder) / f"{document['benchmark']}.png"
-    figure.savefig(file, dpi=120)
+    write_file(file, picture.getvalue(), overwrite=True)
     return file
 
 

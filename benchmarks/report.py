@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from nirvana.checkpoint.atomic import write_file
 from nirvana.commands import output
 
 COLUMNS = ["", "p20 ms", "p50 ms", "p80 ms", "GB/s", "of limit", "x eager", "x compile"]
@@ -91,7 +92,5 @@ def _markdown_row(cells: Sequence[str]) -> str:
 
 
 def write(document: dict[str, Any], file: str | Path) -> Path:
-    file = Path(file)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(document, indent=2) + "\n")
-    return file
+    write_file(file, (json.dumps(document, indent=2) + "\n").encode(), overwrite=True)
+    return Path(file)

@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import logging
 import os
+import signal
 import sys
 import textwrap
 import warnings
@@ -13,6 +14,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from nirvana import __version__
+from nirvana.checkpoint.journal import NOTHING, recorded
 from nirvana.commands import apply, bench, check, compare, eval, export, info, plan, prune, score, select
 from nirvana.errors import NirvanaError
 from nirvana.interruption import interruptions_kept
@@ -78,26 +80,51 @@ def build_parser(**defaults: object) -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command. Returns the exit code."""
+    """Run one command, which ends with at most one line on stderr. What that says is written is what is on disk.
+
+    Args:
+        argv: without it the command line of this process, in which Ctrl-C after our last word leaves no traceback.
+
+    Returns:
+        The exit code.
+    """
     args = _parse(argv)
-    _silence_libraries()
-    try:
-        with interruptions_kept(), _backend(args):
-            COMMANDS[args.command].run(args)
-        code = 0
-    except (NirvanaError, OSError) as error:
-        # An OSError that nobody has put into words is about a name or a place that the user gave: too long, no access.
-        if args.debug:
-            raise
-        code = _refuse(args.command, str(error), 2)
-    except KeyboardInterrupt as interruption:
-        code = _refuse(args.command, f"interrupted; {str(interruption) or 'nothing was written'}", 130)
+    if argv is None and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+    with interruptions_kept() as interruptions, recorded() as journal:
+        try:
+            try:
+                _silence_libraries()
+                with interruptions.surfacing(), _backend(args):
+                    COMMANDS[args.command].run(args)
+                code = _flush(args.command, 0)
+            finally:
+                # A second Ctrl-C has nothing left to interrupt.
+                interruptions.over = True
+        except (NirvanaError, OSError) as error:
+            # An OSError that nobody has put into words is about a name or a place that the user gave: too long, no
+            # access.
+            if args.debug:
+                raise
+            code = _refuse(args.command, _and_what_stands(str(error), journal.outcome()), 2)
+        except KeyboardInterrupt:
+            journal.settle()
+            code = _refuse(args.command, f"interrupted; {journal.outcome()}", 130)
+    return _flush(args.command, code)
+
+
+def _and_what_stands(message: str, outcome: str) -> str:
+    """A refusal after something was written says so, unless it does already."""
+    return message if outcome == NOTHING or outcome in message else f"{message}; {outcome}"
+
+
+def _flush(command: str, code: int) -> int:
     try:
         sys.stdout.flush()
     except OSError as error:
         # The reader (head, less) has gone, or the disk is full: drop the rest, or Python would complain at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return code or (1 if isinstance(error, BrokenPipeError) else _refuse(args.command, f"stdout: {error}", 1))
+        return code or (1 if isinstance(error, BrokenPipeError) else _refuse(command, f"stdout: {error}", 1))
     return code
 
 

@@ -63,6 +63,6 @@ def _convert(source: Path, target: Path) -> None:
         folder, gguf_file=file, quantization_config=GgufConfig(dequantize=True)
     )
     tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=file)
-    with atomic_directory(target) as partial:
+    with atomic_directory(target, words="") as partial:  # a cache, no result
         model.save_pretrained(partial)
         tokenizer.save_pretrained(partial)

@@ -6,11 +6,12 @@ import contextlib
 import os
 import secrets
 import shutil
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+from nirvana.checkpoint.journal import Entry, current
 from nirvana.errors import NirvanaError
+from nirvana.interruption import interruptions_held
 
 #: A folder with a config.json (a selection.json) and one of these is a model (what 'nirvana select' wrote).
 MARKERS = ("config.json", "selection.json")
@@ -53,98 +54,108 @@ def _is_replaceable(path: Path) -> bool:
 
 
 @contextlib.contextmanager
-def atomic_directory(path: str | Path, overwrite: bool = False) -> Iterator[Path]:
+def atomic_directory(path: str | Path, overwrite: bool = False, words: str | None = None) -> Iterator[Path]:
     """A temporary sibling folder that becomes `path` when the body ends, and vanishes if the body fails.
 
-    An old checkpoint at `path` stays in place until the new one is complete on disk.
+    An old checkpoint at `path` stays in place until the new one is complete on disk. Whenever an interruption comes,
+    `path` is the old one or the new one, and nothing else is left; `nirvana.checkpoint.journal` says which.
+
+    Args:
+        path: the folder to make.
+        overwrite: replace an older checkpoint there.
+        words: for the journal, see `nirvana.checkpoint.journal.Entry`.
 
     Raises:
         NirvanaError: `path` cannot be written, or the disk refuses (full, read-only, file too large).
     """
-    path = check_target(path, overwrite, directory=True)
-    partial = _partial_name(path)
-    with _parents(path):
-        try:
-            partial.mkdir()
-            yield partial
-            _publish(partial, path, overwrite)
-        except OSError as error:
-            raise NirvanaError(f"cannot write {path}: {error.strerror or error}; nothing was written") from None
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
+    with _appearing(_Write(check_target(path, overwrite, directory=True), words), overwrite, directory=True) as partial:
+        partial.mkdir()
+        yield partial
 
 
-def _publish(partial: Path, path: Path, overwrite: bool) -> None:
-    """Rename the complete folder; an old checkpoint moves aside first and comes back if that fails."""
-    _sync(partial)
-    if not path.exists():
-        os.rename(partial, path)
-        return
-    check_target(path, overwrite, directory=True)  # it may have appeared while we were writing
-    retired = Path(tempfile.mkdtemp(prefix=f".{path.name}.old-", dir=path.parent))
-    try:
-        os.rename(path, retired / path.name)
-        os.rename(partial, path)
-    except BaseException:
-        if not path.exists():
-            os.rename(retired / path.name, path)
-        raise
-    # Only now, when the new one is in place, the old one goes.
-    shutil.rmtree(retired)
-
-
-def write_file(path: str | Path, content: bytes, overwrite: bool = False) -> None:
+def write_file(path: str | Path, content: bytes, overwrite: bool = False, words: str | None = None) -> None:
     """Write a file that appears whole or not at all.
 
     Raises:
         NirvanaError: as `atomic_file`.
     """
-    with atomic_file(path, overwrite) as partial:
+    with atomic_file(path, overwrite, words) as partial:
         partial.write_bytes(content)
 
 
 @contextlib.contextmanager
-def atomic_file(path: str | Path, overwrite: bool = False) -> Iterator[Path]:
+def atomic_file(path: str | Path, overwrite: bool = False, words: str | None = None) -> Iterator[Path]:
     """The name of a temporary sibling file that becomes `path` when the body ends, and vanishes if the body fails.
+
+    Args and what is guaranteed: as `atomic_directory`.
 
     Raises:
         NirvanaError: as `atomic_directory`.
     """
-    path = check_target(path, overwrite)
-    partial = _partial_name(path)
-    with _parents(path):
-        try:
-            yield partial
-            _sync(partial)
-            os.replace(partial, path)
-        except OSError as error:
-            raise NirvanaError(f"cannot write {path}: {error.strerror or error}; nothing was written") from None
-        finally:
-            # After a too long name even this fails; the error above is the one to tell.
-            with contextlib.suppress(OSError):
-                partial.unlink(missing_ok=True)
-
-
-def _partial_name(path: Path) -> Path:
-    """A hidden name beside `path`. It is known before anything exists, so that an interruption can never leave it."""
-    return path.with_name(f".{path.name}.partial-{secrets.token_hex(4)}")
+    with _appearing(_Write(check_target(path, overwrite), words), overwrite, directory=False) as partial:
+        yield partial
 
 
 @contextlib.contextmanager
-def _parents(path: Path) -> Iterator[None]:
-    """Make missing parent folders; they go again if the body fails."""
-    missing = [folder for folder in path.parents if not folder.exists()]
+def _appearing(write: _Write, overwrite: bool, directory: bool) -> Iterator[Path]:
+    journal = current()
+    journal.add(write)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            write.path.parent.mkdir(parents=True, exist_ok=True)
+            yield write.partial
+            _sync(write.partial)
+            write.publish(overwrite, directory)
+        finally:
+            write.settle()
     except OSError as error:
-        raise NirvanaError(f"cannot write {path}: {error.strerror or error}") from None
-    try:
-        yield
-    except BaseException:
-        for folder in missing:
-            with contextlib.suppress(OSError):  # somebody else may have put something there
-                folder.rmdir()
-        raise
+        raise NirvanaError(f"{write.failure()}: {error.strerror or error}; {journal.outcome()}") from None
+
+
+class _Write(Entry):
+    """The steps on disk. All names are known before anything exists, so that an interruption can never hide one."""
+
+    def __init__(self, path: Path, words: str | None):
+        super().__init__(path, words)
+        token = secrets.token_hex(4)
+        self.partial = path.with_name(f".{path.name}.partial-{token}")
+        self._retired = path.with_name(f".{path.name}.old-{token}")
+        self._missing = [folder for folder in path.parents if not folder.exists()]
+
+    def publish(self, overwrite: bool, directory: bool) -> None:
+        """Rename what is complete; an old folder moves aside first, and goes when the new one is in place."""
+        self.identify(self.partial)
+        with interruptions_held():
+            check_target(self.path, overwrite, directory)  # it may have appeared while we were writing
+            if directory and self.path.exists():
+                os.rename(self.path, self._retired)
+            os.replace(self.partial, self.path)
+            if self._retired.exists():
+                shutil.rmtree(self._retired)
+
+    def settle(self) -> None:
+        """What was there comes back unless the new one is in its place; what is hidden goes, new parents too."""
+        with interruptions_held():
+            if self.stands():
+                shutil.rmtree(self._retired, ignore_errors=True)
+                return
+            # What fails here has failed before, and that error is the one to tell.
+            with contextlib.suppress(OSError):
+                if not os.path.lexists(self.path):
+                    os.rename(self._retired, self.path)
+            with contextlib.suppress(OSError):
+                self.partial.unlink()
+            shutil.rmtree(self.partial, ignore_errors=True)
+            for folder in self._missing:
+                with contextlib.suppress(OSError):  # somebody else may have put something there
+                    folder.rmdir()
+
+    def failure(self) -> str:
+        """What the disk has refused."""
+        left = os.path.lexists(self._retired)
+        if self.stands():
+            return f"cannot remove {self._retired}, the old {self.path.name}" if left else f"after writing {self.path}"
+        return f"cannot write {self.path}" + (f", and the old one is now {self._retired}" if left else "")
 
 
 def _sync(path: Path) -> None:

@@ -58,10 +58,7 @@ def run(args: Namespace) -> None:
     if result.ntk is not None:
         report["ntk"] = result.ntk
     if args.evaluate:
-        try:
-            report["evaluation"] = evaluation.run_evaluation(args, str(result.checkpoint), args.model)
-        except KeyboardInterrupt:
-            raise KeyboardInterrupt(f"not evaluated, but the checkpoint {result.checkpoint} is complete") from None
+        report["evaluation"] = evaluation.run_evaluation(args, str(result.checkpoint), args.model)
     if args.json:
         output.print_json(report)
         return

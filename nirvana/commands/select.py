@@ -9,6 +9,7 @@ from typing import Any
 
 from nirvana.checkpoint.atomic import atomic_directory, check_target
 from nirvana.commands import options, output
+from nirvana.interruption import interruptions_held
 from nirvana.models import resolve
 from nirvana.recipe import AUTO
 from nirvana.retention import kept_saliency_line
@@ -70,25 +71,21 @@ def run(args: Namespace) -> None:
     model = source.model(args.dtype, args.device)
     progress = output.progress(args.quiet or args.json)
     search = None
-    try:
-        probe = Probe(model, drawn.probe.tokens, micro_batch=args.micro_batch)
-        selection = select(
-            model,
-            drawn.batches,
-            probe,
-            rule,
-            criterion=args.criterion,
-            objective=args.objective,
-            micro_batch=args.micro_batch,
-            seed=args.seed,
-            state=state,
-            progress=progress,
-        )
-        if args.gamma == AUTO:
-            search = search_gamma(model, selection.saliency, probe, rule, progress=progress)
-    except KeyboardInterrupt:
-        kept = f"finished candidates are kept in {state}; the same command goes on from there"
-        raise KeyboardInterrupt(kept if state.exists() else "nothing was written") from None
+    probe = Probe(model, drawn.probe.tokens, micro_batch=args.micro_batch)
+    selection = select(
+        model,
+        drawn.batches,
+        probe,
+        rule,
+        criterion=args.criterion,
+        objective=args.objective,
+        micro_batch=args.micro_batch,
+        seed=args.seed,
+        state=state,
+        progress=progress,
+    )
+    if args.gamma == AUTO:
+        search = search_gamma(model, selection.saliency, probe, rule, progress=progress)
     plan = selection.plan if search is None else search.plan
     report: dict[str, Any] = {
         "selection": str(args.out),
@@ -100,15 +97,17 @@ def run(args: Namespace) -> None:
         "probe": {"source": drawn.probe.manifest["source"], "shape": list(drawn.probe.tokens.shape)},
     }
     picture = draw(report)
-    with atomic_directory(args.out, args.overwrite) as folder:
-        manifests = {"candidates": [b.manifest for b in drawn.batches], "probe": drawn.probe.manifest}
-        written = json.dumps({**report, "manifests": manifests}, indent=2)
-        (folder / "selection.json").write_text(written + "\n", encoding="utf-8")
-        selection.saliency.save(folder / "saliency.safetensors")
-        plan.save(folder / "plan.json")
-        if picture is not None:
-            (folder / "selection.png").write_bytes(picture)
-    state.unlink(missing_ok=True)
+    # The state goes when the result is there and not before; both are small.
+    with interruptions_held():
+        with atomic_directory(args.out, args.overwrite) as folder:
+            manifests = {"candidates": [b.manifest for b in drawn.batches], "probe": drawn.probe.manifest}
+            written = json.dumps({**report, "manifests": manifests}, indent=2)
+            (folder / "selection.json").write_text(written + "\n", encoding="utf-8")
+            selection.saliency.save(folder / "saliency.safetensors")
+            plan.save(folder / "plan.json")
+            if picture is not None:
+                (folder / "selection.png").write_bytes(picture)
+        state.unlink(missing_ok=True)
     if args.json:
         output.print_json(report)
         return

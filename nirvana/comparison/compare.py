@@ -20,7 +20,7 @@ from nirvana.calibration.manifest import tokens_sha256
 from nirvana.comparison.bench import Bench
 from nirvana.comparison.cases import ALLOCATIONS, REFERENCE, Case, default_criteria, list_cases
 from nirvana.comparison.plot import draw
-from nirvana.comparison.record import FILE, PLOT, TABLE, Record, check_folder
+from nirvana.comparison.record import PLOT, TABLE, Record, check_folder
 from nirvana.comparison.scores import Scores
 from nirvana.comparison.table import markdown
 from nirvana.errors import NirvanaError
@@ -182,12 +182,7 @@ def compare(
     bench = Bench(model, batch.tokens, align=align, gamma=gamma, seed=seed, micro_batch=micro_batch)
     answering = {"batch_size": batch_size, "dtype": task_dtype}
     run = _Run(record, bench, _Evaluation(model, tokenizer, tokens_of, asked, answering), cases, progress)
-    try:
-        resumed = run.run()
-    except KeyboardInterrupt:
-        count = len(record.document["rows"])
-        kept = f"{count} finished rows are in {Path(out) / FILE}; the same command goes on from there" if out else ""
-        raise KeyboardInterrupt(kept if count else "") from None
+    resumed = run.run()
     document = record.document
     if out is not None:
         record.write(TABLE, markdown(document).encode())

@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from nirvana.checkpoint.atomic import check_target, write_file
+from nirvana.checkpoint.journal import goes_on_from
 from nirvana.comparison.cases import Case
 from nirvana.errors import NirvanaError
+from nirvana.interruption import interruptions_held
 from nirvana.saliency import Saliency
 
 FORMAT, VERSION = "nirvana-comparison", 1
@@ -38,22 +40,22 @@ class Record:
             settings: JSON-ready; all that the figures of a row depend on. In ``texts`` and ``tasks`` more names may
                 come; the same name must stand for the same.
             about: for readers: the first run's words are kept.
-            overwrite: begin anew.
+            overwrite: begin anew. What is there stays until there is something to take its place.
 
         Raises:
             NirvanaError: the folder holds something else, or a comparison with other settings.
         """
         self._folder = None if folder is None else Path(folder)
+        self._again = "the same command without --overwrite" if overwrite else "the same command"
+        self._stale: set[Path] = set()
         fresh = {"settings": settings, "about": about, "dense": {}, "scoring": {}, "rows": []}
         self.document = {"format": FORMAT, "version": VERSION, **fresh}
         if self._folder is None or not self._folder.exists():
             return
         check_folder(self._folder)
         if overwrite:
-            for file in (FILE, TABLE, PLOT):
-                (self._folder / file).unlink(missing_ok=True)
-            for file in self._folder.glob(SCORES.format("*")):
-                file.unlink()
+            self._stale = {self._folder / TABLE, self._folder / PLOT, *self._folder.glob(SCORES.format("*"))}
+            return
         path = self._folder / FILE
         if not path.exists():
             return
@@ -71,6 +73,7 @@ class Record:
             name: found["about"].get(name, {}) | value for name, value in about.items() if isinstance(value, dict)
         }
         self.document = found
+        goes_on_from(path, self._words())
 
     def row(self, case: Case) -> dict[str, Any] | None:
         """What is known of a case."""
@@ -91,12 +94,23 @@ class Record:
         self.save()
 
     def save(self) -> None:
-        self.write(FILE, (json.dumps(self.document, indent=1, allow_nan=False) + "\n").encode())
+        with interruptions_held():
+            self.write(FILE, (json.dumps(self.document, indent=1, allow_nan=False) + "\n").encode(), self._words())
+            for file in self._stale:
+                file.unlink(missing_ok=True)
+            self._stale.clear()
 
-    def write(self, name: str, content: bytes) -> None:
-        """Replace a file of the folder."""
+    def write(self, name: str, content: bytes, words: str = "") -> None:
+        """Replace a file of the folder; `words` are what an interrupted command says of it."""
         if self._folder is not None:
-            write_file(self._folder / name, content, overwrite=True)
+            self._stale.discard(self._folder / name)
+            write_file(self._folder / name, content, overwrite=True, words=words)
+
+    def _words(self) -> str:
+        if self._folder is None:
+            return ""
+        kept = f"{len(self.document['rows'])} finished rows are in {self._folder / FILE}"
+        return f"{kept}; {self._again} goes on from there"
 
     def saliency(self, criterion: str) -> Saliency | None:
         """The scores of an earlier run with these settings."""
@@ -108,7 +122,7 @@ class Record:
     def put_saliency(self, criterion: str, saliency: Saliency, figures: dict[str, Any]) -> None:
         """Keep scores, and what it took to make them."""
         if self._folder is not None:
-            saliency.save(self._folder / SCORES.format(criterion), overwrite=True)
+            self.write(SCORES.format(criterion), saliency.to_bytes())
         self.document["scoring"][criterion] = figures
         self.save()
 

@@ -40,15 +40,18 @@ class Saliency(Mapping[str, Tensor]):
     def __repr__(self) -> str:
         return f"Saliency({len(self)} blocks, settings={self.settings})"
 
+    def to_bytes(self) -> bytes:
+        """The content of the file."""
+        # One metadata entry: safetensors does not keep the order of several, and equal runs must give equal bytes.
+        return save(self._scores, {FORMAT: json.dumps({"version": 1, "settings": self.settings})})
+
     def save(self, path: str | Path, overwrite: bool = False) -> None:
         """Write the file. It appears whole or not at all.
 
         Raises:
             NirvanaError: the file exists and `overwrite` is false, or it cannot be written.
         """
-        # One metadata entry: safetensors does not keep the order of several, and equal runs must give equal bytes.
-        metadata = {FORMAT: json.dumps({"version": 1, "settings": self.settings})}
-        write_file(path, save(self._scores, metadata), overwrite=overwrite)
+        write_file(path, self.to_bytes(), overwrite=overwrite)
 
     @classmethod
     def load(cls, path: str | Path) -> Saliency:

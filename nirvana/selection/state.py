@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from nirvana.checkpoint.atomic import write_file
+from nirvana.checkpoint.journal import goes_on_from
 from nirvana.errors import NirvanaError
 from nirvana.plan import config_fingerprint
 from nirvana.saliency import Saliency
@@ -42,6 +44,7 @@ class SelectionState:
             NirvanaError: the file is something else, or of a selection with another identity.
         """
         self._path = None if path is None else Path(path)
+        self._words = f"finished candidates are kept in {path}; the same command goes on from there"
         self._identity = identity
         self.table: list[dict[str, Any]] = []
         self.best: Saliency | None = None
@@ -56,12 +59,14 @@ class SelectionState:
                 was = _WORDS.get(name) or f"--{name.replace('_', '-')} {kept['identity'].get(name)} instead of {value}"
                 raise NirvanaError(f"{path} is the state of a selection with {was}; remove it or choose another name")
         self.table, self.best = kept["table"], best
+        goes_on_from(self._path, self._words)
 
     def save(self, table: list[dict[str, Any]], best: Saliency) -> None:
         """Replace what is there."""
         if self._path is not None:
             kept = {"identity": self._identity, "table": table}
-            Saliency(best, {**best.settings, KEY: kept}).save(self._path, overwrite=True)
+            content = Saliency(best, {**best.settings, KEY: kept}).to_bytes()
+            write_file(self._path, content, overwrite=True, words=self._words)
 
 
 def model_fingerprint(model: nn.Module) -> str:
