@@ -108,7 +108,6 @@ def main(argv: Sequence[str] | None = None) -> int:
                 raise
             code = _refuse(args.command, _and_what_stands(str(error), journal.outcome()), 2)
         except KeyboardInterrupt:
-            journal.settle()
             code = _refuse(args.command, f"interrupted; {journal.outcome()}", 130)
     return _flush(args.command, code)
 

@@ -66,8 +66,8 @@ class InterruptAt:
     """A trace function that sends Ctrl-C before the n-th bytecode of the writers."""
 
     FILES = frozenset(module.__file__ for module in (atomic, journal, interruption, contextlib))
-    #: Python looks for signals after calls and jumps; before these its own books of exceptions do not bear one.
-    NEVER = frozenset(opcode.opmap.get(name) for name in ("PUSH_EXC_INFO", "POP_EXCEPT"))
+    #: Python looks for signals after calls and jumps, so never before these: its own books of exceptions, and "try".
+    NEVER = frozenset(opcode.opmap.get(name) for name in ("PUSH_EXC_INFO", "POP_EXCEPT", "NOP", "SETUP_FINALLY"))
 
     def __init__(self, step: int):
         self.left = step
@@ -83,18 +83,27 @@ class InterruptAt:
         return self
 
 
-def write_new(path: Path, directory: bool, overwrite: bool, interrupted: bool) -> None:
+def write_new(path: Path, directory: bool, overwrite: bool, failure: type[BaseException] | None) -> None:
     with (atomic_directory if directory else atomic_file)(path, overwrite) as partial:
         (partial / "config.json" if directory else partial).write_text("new")
-        if interrupted:
-            raise KeyboardInterrupt
+        if failure is not None:
+            raise failure
 
 
-@pytest.mark.parametrize("interrupted", [False, True], ids=["once", "while cleaning up after another"])
-@pytest.mark.parametrize("overwrite", [False, True], ids=["new", "overwritten"])
-@pytest.mark.parametrize("directory", [False, True], ids=["file", "folder"])
-def test_ctrl_c_at_every_bytecode(tmp_path, monkeypatch, directory, overwrite, interrupted):
-    """With a single one nobody has to settle anything afterwards: that is what users of the Python interface get."""
+@pytest.mark.parametrize(
+    ("directory", "overwrite", "failure"),
+    [
+        (True, False, None),
+        (True, True, None),
+        (False, False, None),
+        (False, True, None),
+        (True, False, ValueError),
+        (True, True, KeyboardInterrupt),
+        (False, False, KeyboardInterrupt),
+    ],
+)
+def test_ctrl_c_at_every_bytecode(tmp_path, monkeypatch, directory, overwrite, failure):
+    """While writing, or while cleaning up after an error or another Ctrl-C; with Python's own handler of Ctrl-C."""
     # Whether the disk has it is not asked here, and would be most of the time.
     monkeypatch.setattr(os, "fsync", lambda descriptor: None)
     seen, step, done = set(), 0, False
@@ -106,21 +115,19 @@ def test_ctrl_c_at_every_bytecode(tmp_path, monkeypatch, directory, overwrite, i
         if overwrite:
             make_old(target, directory)
         before = content(folder)
-        at, raised = InterruptAt(step), False
+        at, raised = InterruptAt(step), None
         with recorded() as written:
             try:
                 sys.settrace(at)
                 try:
-                    write_new(target, directory, overwrite, interrupted)
+                    write_new(target, directory, overwrite, failure)
                 finally:
                     sys.settrace(None)
-            except KeyboardInterrupt:
-                raised = True
-            if interrupted:
-                written.settle()
+            except (KeyboardInterrupt, ValueError) as error:
+                raised = type(error)
             outcome = written.outcome()
         done = at.left > 0
-        assert raised == (interrupted or not done), step
+        assert raised is (failure if done else KeyboardInterrupt), step
         file = target / "config.json" if directory else target
         if outcome == NOTHING:
             assert content(folder) == before, step
@@ -132,8 +139,37 @@ def test_ctrl_c_at_every_bytecode(tmp_path, monkeypatch, directory, overwrite, i
         seen.add(outcome == NOTHING)
         shutil.rmtree(folder)
     assert step > 300
-    assert seen == ({True} if interrupted else {True, False})
+    assert seen == ({True, False} if failure is None else {True})
     assert sys.exc_info() == (None, None, None)
+
+
+def test_handlers_are_back_wherever_ctrl_c_came():
+    """Or what stands in for one passes on what it hears."""
+    heard: list[int] = []
+    before = signal.signal(signal.SIGTERM, lambda number, frame: heard.append(number))
+    step, done = 0, False
+    try:
+        while not done:
+            step += 1
+            at, raised = InterruptAt(step), False
+            try:
+                sys.settrace(at)
+                try:
+                    with interruptions_held():
+                        pass
+                finally:
+                    sys.settrace(None)
+            except KeyboardInterrupt:
+                raised = True
+            done = at.left > 0
+            assert raised != done, step
+            signal.raise_signal(signal.SIGTERM)
+            assert len(heard) == step
+            with pytest.raises(KeyboardInterrupt):
+                signal.raise_signal(signal.SIGINT)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert step > 50
 
 
 # ---------------------------------------------------------------- in every command
@@ -269,6 +305,19 @@ def assert_whole(name: str, target: Path) -> None:
         assert {"model.onnx", "config.json", "tokenizer.json", "generate.py"} <= {f.name for f in target.iterdir()}
     else:
         assert nirvana.check(target, hashes=True).hashed
+
+
+@pytest.mark.parametrize("name", ["atomic_directory", "_appearing"])
+def test_before_the_writer_hears_that_the_body_has_ended(cli_here, commands, send, tmp_path, name):
+    send(
+        signal.SIGINT,
+        contextlib._GeneratorContextManager,
+        "__exit__",
+        lambda manager, *error: manager.gen.__name__ == name,
+    )
+    outcome = cli_here(*commands["apply"], "--out", tmp_path / "new" / "result")
+    assert in_one_line(outcome, "apply") == "interrupted; nothing was written"
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_three_signals(cli_here, commands, send, tmp_path):
@@ -408,7 +457,7 @@ def failing(monkeypatch, module: object, name: str, when: Callable[..., bool], t
 def test_an_old_checkpoint_that_cannot_be_removed(cli_here, commands, monkeypatch, tmp_path):
     target = tmp_path / "result"
     make_old(target, directory=True)
-    failing(monkeypatch, os, "unlink", lambda name: name == "model.safetensors", times=2)
+    failing(monkeypatch, os, "unlink", lambda name: name == "model.safetensors", times=9)
     said = in_one_line(cli_here(*commands["apply"], "--out", target, "--overwrite"), "apply", code=2)
     (left,) = hidden(tmp_path)
     assert said == f"cannot remove {left}, the old result: Input/output error; {target} is complete"
@@ -430,7 +479,7 @@ def test_an_old_checkpoint_that_cannot_come_back(cli_here, commands, monkeypatch
     target = tmp_path / "result"
     make_old(target, directory=True)
     failing(monkeypatch, os, "replace", lambda source, to: Path(to) == target)
-    failing(monkeypatch, os, "rename", lambda source, to: Path(to) == target)
+    failing(monkeypatch, os, "rename", lambda source, to: Path(to) == target, times=9)
     said = in_one_line(cli_here(*commands["apply"], "--out", target, "--overwrite"), "apply", code=2)
     (left,) = tmp_path.iterdir()
     assert said == f"cannot write {target}, and the old one is now {left}: Input/output error; nothing was written"

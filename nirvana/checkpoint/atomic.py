@@ -107,7 +107,11 @@ def _appearing(write: _Write, overwrite: bool, directory: bool) -> Iterator[Path
             _sync(write.partial)
             write.publish(overwrite, directory)
         finally:
-            write.settle()
+            # Twice: Ctrl-C may come in the moment before the first holds it.
+            try:
+                write.settle()
+            finally:
+                write.settle()
     except OSError as error:
         raise NirvanaError(f"{write.failure()}: {error.strerror or error}; {journal.outcome()}") from None
 
@@ -134,7 +138,10 @@ class _Write(Entry):
                 shutil.rmtree(self._retired)
 
     def settle(self) -> None:
-        """What was there comes back unless the new one is in its place; what is hidden goes, new parents too."""
+        """What was there comes back unless the new one is in its place; what is hidden goes, new parents too.
+
+        It looks at the disk only, so that it may be called at any time, and again.
+        """
         with interruptions_held():
             if self.stands():
                 shutil.rmtree(self._retired, ignore_errors=True)

@@ -40,9 +40,6 @@ class Entry:
         """What is to be said of it; empty where there is nothing to say."""
         return self._words if self.stands() else ""
 
-    def settle(self) -> None:
-        """Remove what an interruption has left of it; it may be called at any time, and again."""
-
 
 class Journal:
     """The entries of a command, in the order in which they were begun."""
@@ -52,10 +49,6 @@ class Journal:
 
     def add(self, entry: Entry) -> None:
         self._entries.append(entry)
-
-    def settle(self) -> None:
-        for entry in self._entries:
-            entry.settle()
 
     def outcome(self) -> str:
         """One line: what stands, or that nothing was written."""
