@@ -6,9 +6,8 @@ the machine, on free memory, on a timing, or on what else is in the launch.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
-
-import triton
 
 #: Blocks below which a reduction is cut finer: about four for each of the 132 multiprocessors of an H100 or H200.
 FILLING = 512
@@ -35,27 +34,35 @@ class SaliencyConfig:
     num_stages: int
 
     @classmethod
+    @functools.cache
     def of(cls, statistics: int) -> SaliencyConfig:
         """Configuration for a number of statistics.
 
-        Each statistic has a block of accumulators in registers: 16 a thread for 16 rows and 8 warps. Up to two leave
-        room for three programs on a multiprocessor (sm_90, bf16: 76 registers), 48 KiB of loads in flight. Six do not:
-        their block is half as high, and three blocks are loaded ahead through shared memory.
+        Each statistic has a block of accumulators in registers: 32 a thread for 16 rows and 4 warps. With up to two
+        statistics a thread's loads of a block also fit in, and are all but one (bf16) or five (fp32) issued before
+        the first is used: 70 KiB in flight a multiprocessor (sm_90, one statistic of one bf16 matrix: 7 of 8 loads of
+        16 bytes, 94 registers, 5 programs), where 8 warps issued 2 of 4 and left 24 to 40 KiB. Six statistics do not
+        leave that room: their block is half as high, and three blocks are loaded ahead through shared memory.
 
         A sum over rows leaves `block_columns` partial sums a program and statistic, which are written and read once:
         1.6 % of the traffic for one statistic in bf16, 4.7 % for six.
         """
         if statistics <= 2:
-            return cls(block_rows=16, block_columns=256, row_steps=8, column_steps=4, num_warps=8, num_stages=1)
-        return cls(block_rows=8, block_columns=256, row_steps=32, column_steps=8, num_warps=8, num_stages=4)
+            return cls(block_rows=16, block_columns=256, row_steps=8, column_steps=4, num_warps=4, num_stages=1)
+        return cls(block_rows=8, block_columns=256, row_steps=32, column_steps=8, num_warps=4, num_stages=4)
 
     def span(self, rows: int, columns: int, axis: int) -> tuple[int, int]:
         """Rows and columns that one program sums: the most steps that still fill the machine with this matrix alone."""
         steps = self.row_steps if axis else self.column_steps
-        blocks = triton.cdiv(rows, self.block_rows) * triton.cdiv(columns, self.block_columns)
+        blocks = -(-rows // self.block_rows) * -(-columns // self.block_columns)
         while steps > 1 and blocks < FILLING * steps:
             steps //= 2
         return (self.block_rows * steps, self.block_columns) if axis else (self.block_rows, self.block_columns * steps)
+
+    def levels(self, axis: int, group: int) -> int:
+        """Of a group's rows or columns 2**levels are one partial sum: the most that no tile and no group cuts."""
+        block = self.block_columns if axis else self.block_rows
+        return (min(group & -group, block)).bit_length() - 1
 
 
 @dataclass(frozen=True)

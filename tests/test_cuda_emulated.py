@@ -142,6 +142,7 @@ def assert_sums(ours, weight, grad, axis, group, mask):
 def test_python_and_kernels_agree(native, backend):
     assert native.INTERFACE == NATIVE_INTERFACE
     assert native.TILES == backend.TILES
+    assert native.FOLDS == backend.FOLDS
 
 
 def test_errors_are_reported_with_the_words_of_cuda(native):
@@ -408,9 +409,13 @@ def test_nothing_beyond_the_end_is_touched(backend, dtype):
         for axis in (0, 1):
             out = guarded(torch.zeros(6, weight.shape[axis]))
             plan = backend.build_table([Matrices(weight, grad, axis, 1, out)], ALL)
+            workspace = guarded(torch.zeros(plan.workspace))
+            arguments = (0, plan.values, *plan[1:5], workspace.data_ptr(), ALL, 0, 0)
+            work.append((backend._cuda.saliency, arguments, (workspace, out)))
+            plan = backend.build_table([Matrices(weight, grad, axis, 1, out)] * 2, ALL)
             table = guarded(torch.tensor(plan.values))
             workspace = guarded(torch.zeros(plan.workspace))
-            arguments = (table.data_ptr(), *plan[1:5], workspace.data_ptr(), ALL, 0, 0)
+            arguments = (table.data_ptr(), [], *plan[1:5], workspace.data_ptr(), ALL, 0, 0)
             work.append((backend._cuda.saliency, arguments, (table, workspace, out)))
             kept = guarded(torch.arange(weight.shape[axis]))
             copy = guarded(torch.zeros_like(weight))
