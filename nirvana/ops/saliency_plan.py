@@ -1,4 +1,4 @@
-"""Sums of the same tensors time and again: what `foreach_group_saliency` checks and lays out in each call, done once."""
+"""Sums of the same tensors time and again: what `foreach_group_saliency` does before it adds, done once."""
 
 from __future__ import annotations
 
