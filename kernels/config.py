@@ -23,7 +23,7 @@ class SaliencyConfig:
         row_steps: most blocks of a program that sums over rows.
         column_steps: most blocks of a program that sums over columns.
         num_warps: warps of a program.
-        num_stages: blocks that are loaded ahead through shared memory, and one; 1 loads to registers.
+        num_stages: blocks that are loaded ahead through shared memory, and one; 1 loads one ahead to registers.
     """
 
     block_rows: int
@@ -38,11 +38,11 @@ class SaliencyConfig:
     def of(cls, statistics: int) -> SaliencyConfig:
         """Configuration for a number of statistics.
 
-        Each statistic has a block of accumulators in registers: 32 a thread for 16 rows and 4 warps. With up to two
-        statistics a thread's loads of a block also fit in, and are all but one (bf16) or five (fp32) issued before
-        the first is used: 70 KiB in flight a multiprocessor (sm_90, one statistic of one bf16 matrix: 7 of 8 loads of
-        16 bytes, 94 registers, 5 programs), where 8 warps issued 2 of 4 and left 24 to 40 KiB. Six statistics do not
-        leave that room: their block is half as high, and three blocks are loaded ahead through shared memory.
+        Each statistic has a block of accumulators in registers: 32 a thread for 16 rows and 4 warps. Up to two leave
+        room for the loads of a block, all of which are issued before the first is used (RESOURCES.md, early loads):
+        for one statistic of bf16 on sm_90 8 of 16 bytes a thread, 78 registers, 6 programs on a multiprocessor, 96 KiB
+        in flight; in a table 128 registers, 4 programs, 64 KiB. Six do not leave that room: their block is half as
+        high, and three blocks are loaded ahead through shared memory.
 
         A sum over rows leaves `block_columns` partial sums a program and statistic, which are written and read once:
         1.6 % of the traffic for one statistic in bf16, 4.7 % for six.
