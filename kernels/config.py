@@ -6,9 +6,8 @@ the machine, on free memory, on a timing, or on what else is in the launch.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
-
-import triton
 
 #: Blocks below which a reduction is cut finer: about four for each of the 132 multiprocessors of an H100 or H200.
 FILLING = 512
@@ -24,7 +23,7 @@ class SaliencyConfig:
         row_steps: most blocks of a program that sums over rows.
         column_steps: most blocks of a program that sums over columns.
         num_warps: warps of a program.
-        num_stages: blocks that are loaded ahead through shared memory, and one; 1 loads to registers.
+        num_stages: blocks that are loaded ahead through shared memory, and one; 1 loads one ahead to registers.
     """
 
     block_rows: int
@@ -35,27 +34,35 @@ class SaliencyConfig:
     num_stages: int
 
     @classmethod
+    @functools.cache
     def of(cls, statistics: int) -> SaliencyConfig:
         """Configuration for a number of statistics.
 
-        Each statistic has a block of accumulators in registers: 16 a thread for 16 rows and 8 warps. Up to two leave
-        room for three programs on a multiprocessor (sm_90, bf16: 76 registers), 48 KiB of loads in flight. Six do not:
-        their block is half as high, and three blocks are loaded ahead through shared memory.
+        Each statistic has a block of accumulators in registers: 32 a thread for 16 rows and 4 warps. Up to two leave
+        room for the loads of a block, all of which are issued before the first is used (RESOURCES.md, early loads):
+        for one statistic of bf16 on sm_90 8 of 16 bytes a thread, 78 registers, 6 programs on a multiprocessor, 96 KiB
+        in flight; in a table 128 registers, 4 programs, 64 KiB. Six do not leave that room: their block is half as
+        high, and three blocks are loaded ahead through shared memory.
 
         A sum over rows leaves `block_columns` partial sums a program and statistic, which are written and read once:
         1.6 % of the traffic for one statistic in bf16, 4.7 % for six.
         """
         if statistics <= 2:
-            return cls(block_rows=16, block_columns=256, row_steps=8, column_steps=4, num_warps=8, num_stages=1)
-        return cls(block_rows=8, block_columns=256, row_steps=32, column_steps=8, num_warps=8, num_stages=4)
+            return cls(block_rows=16, block_columns=256, row_steps=8, column_steps=4, num_warps=4, num_stages=1)
+        return cls(block_rows=8, block_columns=256, row_steps=32, column_steps=8, num_warps=4, num_stages=4)
 
     def span(self, rows: int, columns: int, axis: int) -> tuple[int, int]:
         """Rows and columns that one program sums: the most steps that still fill the machine with this matrix alone."""
         steps = self.row_steps if axis else self.column_steps
-        blocks = triton.cdiv(rows, self.block_rows) * triton.cdiv(columns, self.block_columns)
+        blocks = -(-rows // self.block_rows) * -(-columns // self.block_columns)
         while steps > 1 and blocks < FILLING * steps:
             steps //= 2
         return (self.block_rows * steps, self.block_columns) if axis else (self.block_rows, self.block_columns * steps)
+
+    def levels(self, axis: int, group: int) -> int:
+        """Of a group's rows or columns 2**levels are one partial sum: the most that no tile and no group cuts."""
+        block = self.block_columns if axis else self.block_rows
+        return (min(group & -group, block)).bit_length() - 1
 
 
 @dataclass(frozen=True)

@@ -22,11 +22,10 @@ from unittest import mock
 import torch
 import triton
 from torch import Tensor
-from triton.backends.compiler import GPUTarget
-from triton.backends.nvidia.driver import CudaDriver
 from triton.runtime.jit import JITFunction
 
 from nirvana.kernels import divergence, gather, mixture, saliency
+from nirvana.kernels.stub import StubDriver
 from nirvana.ops.backends import Matrices
 from nirvana.ops.saliency import STATISTICS
 
@@ -44,6 +43,7 @@ class Resources(NamedTuple):
     spills: int  # loads and stores of local memory
     shared: int  # bytes a program
     wide_loads: int  # of 128 bits
+    early_loads: int  # of those how many are issued before the first is waited for
     wide_stores: int
 
 
@@ -60,15 +60,17 @@ def _zeros(rows: int, columns: int, dtype: torch.dtype) -> Tensor:
     return torch.zeros(rows, columns, dtype=dtype)
 
 
-def _saliency(weight: torch.dtype, grad: torch.dtype, mask: int, columns: int = 256) -> Case:
+def _saliency(weight: torch.dtype, grad: torch.dtype, mask: int, columns: int = 256, entries: int = 1) -> Case:
     names = " + ".join(name for name, bit in STATISTICS.items() if mask & bit) if mask != ALL else "all six"
     aligned = "" if columns % 16 == 0 else ", rows not aligned"
+    table = "" if entries == 1 else ", a table"
 
     def launch() -> None:
         out = torch.zeros(mask.bit_count(), 64)
-        saliency.saliency([Matrices(_zeros(64, columns, weight), _zeros(64, columns, grad), 0, 1, out)], mask)
+        matrices = Matrices(_zeros(64, columns, weight), _zeros(64, columns, grad), 0, 1, out)
+        saliency.saliency([matrices] * entries, mask)
 
-    return Case("saliency tiles", f"{_NAMES[weight]} weight, {_NAMES[grad]} grad, {names}{aligned}", launch)
+    return Case("saliency tiles", f"{_NAMES[weight]} weight, {_NAMES[grad]} grad, {names}{aligned}{table}", launch)
 
 
 def _gather(bits: int, axis: int, unit: int, columns: int, text: str) -> Case:
@@ -116,7 +118,13 @@ CASES: list[Case] = [
     _saliency(_BF16, _BF16, ALL),
     _saliency(_FP32, _FP32, ALL),
     _saliency(_BF16, _BF16, ALL, columns=255),
+    _saliency(_BF16, _BF16, STATISTICS["taylor"], entries=2),
+    _saliency(_FP32, _FP32, STATISTICS["taylor"], entries=2),
+    _saliency(_BF16, _FP32, STATISTICS["taylor"], entries=2),
+    _saliency(_FP32, _FP32, STATISTICS["taylor"] | STATISTICS["fisher"], entries=2),
+    _saliency(_FP32, _FP32, ALL, entries=2),
     Case("saliency totals", "", _saliency(_FP32, _FP32, STATISTICS["taylor"]).launch, 1),
+    Case("saliency totals", "a table", _saliency(_FP32, _FP32, STATISTICS["taylor"], entries=2).launch, 1),
     _gather(16, 0, 1, 256, "rows, 8 bytes, aligned"),
     _gather(16, 0, 1, 255, "rows, 2 bytes"),
     _gather(16, 1, 1, 256, "columns, 2 bytes, aligned"),
@@ -150,12 +158,13 @@ def render(measured: dict[int, list[Resources]]) -> str:
         "`python -m nirvana.kernels.resources`.",
         "",
         "No GPU took part: these are properties of the machine code. No case uses stack or local memory, which would "
-        "mean spilled registers. Wide instructions are those of 128 bits, counted in the code.",
+        "mean spilled registers. Wide instructions are those of 128 bits, counted in the code; early loads are the "
+        "wide ones before the first instruction that waits for one of them: what a thread has in flight.",
         "",
-        "| kernel | case | wide loads | wide stores | "
+        "| kernel | case | wide loads | early loads | wide stores | "
         + " | ".join(f"sm_{architecture}: registers, shared KiB" for architecture in measured)
         + " |",
-        "| --- | --- | --- | --- |" + " --- |" * len(measured),
+        "| --- | --- | --- | --- | --- |" + " --- |" * len(measured),
     ]
     for index, case in enumerate(CASES):
         row = [of_architecture[index] for of_architecture in measured.values()]
@@ -163,6 +172,7 @@ def render(measured: dict[int, list[Resources]]) -> str:
             case.kernel,
             case.text,
             _distinct(one.wide_loads for one in row),
+            _distinct(one.early_loads for one in row),
             _distinct(one.wide_stores for one in row),
             *(f"{one.registers}, {one.shared / 1024:.3g}" for one in row),
         ]
@@ -186,21 +196,6 @@ def _measure(architecture: int) -> list[Resources]:
 @contextmanager
 def _compile_only(architecture: int) -> Iterator[list[Any]]:
     """Inside, launches on CPU tensors compile for `architecture` and do not run; yields what was compiled."""
-
-    class NoGpu(CudaDriver):
-        def __init__(self) -> None:
-            pass
-
-        def get_current_target(self) -> GPUTarget:
-            return GPUTarget("cuda", architecture, 32)
-
-        def get_current_device(self) -> int:
-            # Kernels keep what was compiled for a device.
-            return architecture
-
-        def get_current_stream(self, device: int) -> int:
-            return 0
-
     compiled: list[Any] = []
     run = JITFunction.run
 
@@ -208,7 +203,7 @@ def _compile_only(architecture: int) -> Iterator[list[Any]]:
         compiled.append(run(self, *arguments, grid=grid, warmup=True, **options))
         return compiled[-1]
 
-    triton.runtime.driver.set_active(NoGpu())
+    triton.runtime.driver.set_active(StubDriver(architecture))
     with mock.patch.object(JITFunction, "run", compile_only):
         yield compiled
 
@@ -227,8 +222,27 @@ def _inspect(kernel: Any) -> Resources:
         spills=len(re.findall(r"\b(?:LDL|STL)\b", text)),
         shared=kernel.metadata.shared,
         wide_loads=len(re.findall(r"\b(?:LDG|LDGSTS)\.[A-Z.]*128\b", text)),
+        early_loads=_early_loads(text),
         wide_stores=len(re.findall(r"\bSTG\.[A-Z.]*128\b", text)),
     )
+
+
+def _early_loads(text: str) -> int:
+    """128-bit loads before the first instruction that reads a register that one of them fills, or that waits for
+    copies to shared memory (DEPBAR)."""
+    filled: set[int] = set()
+    loads = 0
+    for line in re.findall(r"/\*[0-9a-f]{4,}\*/\s+(.*?);", text):
+        name, _, operands = re.sub(r"^@!?U?P\w+\s+", "", line).partition(" ")
+        registers = [int(number) for number in re.findall(r"\bR(\d+)", operands)]
+        wide = re.match(r"(LDG|LDGSTS)\.[A-Z.]*128$", name.replace(".CONSTANT", ""))
+        read = registers[1:] if wide and wide[1] == "LDG" else registers
+        if loads and (name.startswith("DEPBAR") or not filled.isdisjoint(read)):
+            break
+        if wide:
+            loads += 1
+            filled.update(range(registers[0], registers[0] + 4) if wide[1] == "LDG" else ())
+    return loads
 
 
 def spilled(measured: dict[int, list[Resources]]) -> list[str]:

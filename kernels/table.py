@@ -12,6 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from nirvana.ops.backends.upload import upload
+
 #: Entries that `locate` compares at a time.
 SEARCH = 256
 
@@ -45,11 +47,8 @@ class Table:
         return start
 
     def to(self, device: torch.device) -> Tensor:
-        """int64 vector on `device`. The copy does not wait for the device: it leaves from pinned memory."""
-        if device.type != "cuda":
-            return torch.tensor(self._values, dtype=torch.int64, device=device)
-        host = torch.tensor(self._values, dtype=torch.int64, pin_memory=True)
-        return host.to(device, non_blocking=True)
+        """int64 vector on `device`; refused while a CUDA graph is captured (`nirvana.ops.backends.upload`)."""
+        return upload(self._values, device)
 
 
 def on(device: torch.device) -> AbstractContextManager:

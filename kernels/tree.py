@@ -32,3 +32,16 @@ def sum_columns(x):
 def sum_vector(x):
     """Scalar sum of [length], neighbours first."""
     return tl.sum(sum_columns(x[None, :]), axis=0)
+
+
+@triton.jit
+def fold(x, levels):
+    """[length] of [length], a power of two: each element becomes the sum of the 2**levels consecutive ones that it is
+    one of, neighbours first. `levels` is known when the program runs: 0 leaves all as it is, and costs a comparison."""
+    for level in tl.static_range(8):
+        if 2 << level <= x.shape[0]:  # noqa: SIM102 - decided when compiled, unlike the next
+            if level < levels:
+                pairs = tl.reshape(x, [x.shape[0] >> (level + 1), 2, 1 << level])
+                both = tl.sum(pairs, axis=1)[:, None, :].broadcast_to(pairs.shape)
+                x = tl.reshape(both, [x.shape[0]])
+    return x

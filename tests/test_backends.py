@@ -18,6 +18,7 @@ from operators import DTYPES, SERVED, draw, draw_bits, equal_bits, short
 
 from nirvana import NirvanaError, ops
 from nirvana.ops import STATISTICS, backends, gather_slice, group_saliency, kl_divergence, use_backend
+from nirvana.ops.backends.upload import upload
 
 pytest_plugins = ("operators",)
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -275,6 +276,18 @@ def test_the_environment_may_be_wrong(monkeypatch, name, message):
     with pytest.raises(NirvanaError) as error:
         group_saliency(torch.ones(2, 3), torch.ones(2, 3), axis=0, group=1)
     assert one_line(error) == message
+
+
+# CUDA graphs.
+
+
+def test_a_table_is_not_uploaded_while_a_graph_is_captured(monkeypatch):
+    """Its copy would be repeated from memory that is no longer ours. A plan uploads before, one tensor has no table."""
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    with pytest.raises(NirvanaError) as error:
+        upload([1, 2, 3], torch.device("cuda", 0))
+    assert one_line(error).startswith("a table of 3 numbers cannot be uploaded while a CUDA graph is captured: ")
+    assert "nirvana.ops.plan_group_saliency" in str(error.value)
 
 
 # Between processes.

@@ -142,6 +142,7 @@ def assert_sums(ours, weight, grad, axis, group, mask):
 def test_python_and_kernels_agree(native, backend):
     assert native.INTERFACE == NATIVE_INTERFACE
     assert native.TILES == backend.TILES
+    assert native.FOLDS == backend.FOLDS
 
 
 def test_errors_are_reported_with_the_words_of_cuda(native):
@@ -231,6 +232,38 @@ def test_one_table_has_the_bits_of_single_calls(backend, mask):
     backend.saliency(table, mask)
     for key in start:
         assert torch.equal(single[key], grouped[key])
+
+
+@pytest.mark.parametrize("count", [1, 5])
+def test_a_plan_reads_its_tensors_anew_and_takes_other_gradients(backend, count):
+    shapes = [((24, 40), 0, 1), ((160, 2100), 0, 40), ((130, 512), 1, 128), ((7, 9), 1, 3), ((24, 64), 0, 8)][:count]
+    weights = [draw(shape, torch.bfloat16, 50 + seed) for seed, (shape, *_) in enumerate(shapes)]
+    grads = [draw(shape, torch.float32, 60 + seed) for seed, (shape, *_) in enumerate(shapes)]
+    units = [shape[axis] // group for shape, axis, group in shapes]
+    ours, single = ([torch.zeros(1, n) for n in units] for _ in range(2))
+    plan = backend.plan_saliency(
+        [Matrices(w, g, *rest, out) for w, g, (_, *rest), out in zip(weights, grads, shapes, ours, strict=True)], 1
+    )
+    # The same gradients, others, others that no 128-bit load reads, and those once more.
+    others = [draw(shape, torch.float32, 70 + seed) for seed, (shape, *_) in enumerate(shapes)]
+    unaligned = [draw(shape, torch.float32, 80 + seed, aligned=False) for seed, (shape, *_) in enumerate(shapes)]
+    for given, read in ((None, grads), (others, others), (unaligned, unaligned), (None, unaligned), (grads, grads)):
+        plan(given)
+        for weight, grad, (_, axis, group), out in zip(weights, read, shapes, single, strict=True):
+            backend.saliency([Matrices(weight, grad, axis, group, out)], 1)
+        assert all(torch.equal(one, other) for one, other in zip(ours, single, strict=True))
+        weights[0].mul_(-1.5)
+
+
+@pytest.mark.parametrize(("axis", "group"), [(axis, group) for axis in (0, 1) for group in (2, 4, 8, 24, 32, 96, 480)])
+def test_units_of_several_rows_or_columns_are_folded(backend, axis, group):
+    """In the first launch, as far as a tile holds them: fewer partial sums, no more error."""
+    shape = (480, 2100) if axis == 0 else (300, 480)
+    weight, grad = draw(shape, torch.bfloat16, 21), draw(shape, torch.float32, 22)
+    assert_sums(sums(backend, weight, grad, axis, group, ALL), weight, grad, axis, group, ALL)
+    out = torch.zeros(1, 480 // group)
+    few, many = (backend.build_table([Matrices(weight, grad, axis, g, out)], 1).workspace for g in (group, 1))
+    assert many == few * min(group & -group, (8, 32)[axis])
 
 
 def test_outputs_that_overlap_are_added_one_after_the_other(backend):
@@ -408,9 +441,13 @@ def test_nothing_beyond_the_end_is_touched(backend, dtype):
         for axis in (0, 1):
             out = guarded(torch.zeros(6, weight.shape[axis]))
             plan = backend.build_table([Matrices(weight, grad, axis, 1, out)], ALL)
+            workspace = guarded(torch.zeros(plan.workspace))
+            arguments = (0, plan.values, *plan[1:5], workspace.data_ptr(), ALL, 0, 0)
+            work.append((backend._cuda.saliency, arguments, (workspace, out)))
+            plan = backend.build_table([Matrices(weight, grad, axis, 1, out)] * 2, ALL)
             table = guarded(torch.tensor(plan.values))
             workspace = guarded(torch.zeros(plan.workspace))
-            arguments = (table.data_ptr(), *plan[1:5], workspace.data_ptr(), ALL, 0, 0)
+            arguments = (table.data_ptr(), [], *plan[1:5], workspace.data_ptr(), ALL, 0, 0)
             work.append((backend._cuda.saliency, arguments, (table, workspace, out)))
             kept = guarded(torch.arange(weight.shape[axis]))
             copy = guarded(torch.zeros_like(weight))

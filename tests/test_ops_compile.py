@@ -20,6 +20,7 @@ from nirvana.ops import (
     kl_divergence,
     linear_kl_divergence,
     mixture_bounds,
+    plan_group_saliency,
 )
 
 pytest_plugins = ("operators",)
@@ -250,6 +251,24 @@ def test_a_refusal_in_a_compiled_function_is_the_eager_one(device):
         compiled(weight, torch.tensor([6, 0], device=device))
 
 
+@pytest.mark.parametrize("fullgraph", [False, True])
+def test_a_plan_is_not_compiled(device, fullgraph):
+    """It reads memory that no graph knows of."""
+    weight, grad = pair(device, 6, 10)
+    out = torch.zeros(6, device=device)
+    plan = plan_group_saliency([SaliencyEntry(weight, grad, 0, 1, out)])
+
+    def planned(weight):
+        plan()
+        return weight + 1
+
+    with pytest.raises(Exception, match="a plan of group_saliency cannot be compiled or exported: call it outside"):
+        torch.compile(planned, backend="aot_eager", fullgraph=fullgraph)(weight)
+    assert not out.any()
+    with FakeTensorMode(), pytest.raises(RuntimeError, match="cannot be compiled or exported"):
+        plan_group_saliency([SaliencyEntry(*(torch.empty(6, 10) for _ in range(2)), 0, 1, torch.empty(6))])
+
+
 class Everything(nn.Module):
     def __init__(self):
         super().__init__()
@@ -321,7 +340,7 @@ def no_kernels(backend, monkeypatch):
     """A kernel that gets a tensor without memory would read at address 0: fail before that."""
     if backend != "torch":
         module = importlib.import_module(f"nirvana.ops.backends.{backend}")
-        for name in ("saliency", "gather", "divergence", "divergence_state", "mixture"):
+        for name in ("saliency", "plan_saliency", "gather", "divergence", "divergence_state", "mixture"):
             monkeypatch.setattr(module, name, lambda *_, name=name: pytest.fail(f"{name} was called"))
 
 

@@ -11,9 +11,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from operators import DTYPES, INTERPRETED, KERNELS, NEEDS_KERNELS, SERVED, draw, peak_growth, short
-from torch import Tensor
+from torch import Tensor, nn
 
-from nirvana.ops import STATISTICS, SaliencyEntry, foreach_group_saliency, group_saliency, use_backend
+from nirvana.ops import (
+    STATISTICS,
+    SaliencyEntry,
+    foreach_group_saliency,
+    group_saliency,
+    plan_group_saliency,
+    use_backend,
+)
 
 pytest_plugins = ("operators",)
 pytestmark = pytest.mark.usefixtures("poison", "one_thread")
@@ -640,6 +647,150 @@ def test_foreach_refuses_two_devices(device):
     bad = SaliencyEntry(*(torch.ones(4, 6, device="meta") for _ in range(2)), 1, 1, torch.zeros(6, device="meta"))
     with pytest.raises(ValueError, match=f"entry 1: weight is on meta, that of entry 0 on {device}"):
         foreach_group_saliency([good, bad])
+
+
+# Plans.
+
+
+def planned_table(device: str, seed: int, rows: int) -> list[SaliencyEntry]:
+    """As `random_table`, with tensors that are read where they lie."""
+    entries = random_table(device, seed, rows)
+    copy = {"memory_format": torch.contiguous_format}
+    return [e._replace(weight=e.weight.clone(**copy), grad=e.grad.clone(**copy)) for e in entries]
+
+
+@pytest.mark.parametrize("statistics", ["taylor", ["ntk"], ["magnitude", "squared"], ALL], ids=str)
+@pytest.mark.parametrize("seed", range(80, 84))
+def test_a_plan_gives_the_bits_of_foreach_each_time(device, statistics, seed):
+    rows = 0 if isinstance(statistics, str) else len(statistics)
+    ours, expected = planned_table(device, seed, rows), planned_table(device, seed, rows)
+    plan = plan_group_saliency(ours, statistics=statistics)
+    assert all(torch.equal(e.out, other.out) for e, other in zip(ours, expected, strict=True)), "nothing is added yet"
+    for round_ in range(3):
+        plan()
+        foreach_group_saliency(expected, statistics=statistics)
+        for number, (mine, theirs) in enumerate(zip(ours, expected, strict=True)):
+            assert torch.equal(mine.out, theirs.out), f"round {round_}, entry {number}"
+        for entry in (*ours, *expected):  # read anew by the next call
+            entry.weight.mul_(-0.75)
+            entry.grad.add_(round_)
+
+
+@pytest.mark.parametrize("statistics", ["taylor", ["fisher", "squared"]], ids=str)
+@pytest.mark.parametrize("seed", range(90, 93))
+@pytest.mark.parametrize("count", [1, 24])
+def test_a_plan_takes_other_gradients(device, statistics, seed, count):
+    rows = 0 if isinstance(statistics, str) else len(statistics)
+    ours, expected = (planned_table(device, seed, rows)[-count:] for _ in range(2))
+    plan = plan_group_saliency(ours, statistics=statistics)
+    grads = None
+    for offset in (0, 1, 8, None):  # elements: another alignment, the first one again, and no new gradients
+        if offset is not None:
+            grads = []
+            for number, entry in enumerate(ours):
+                memory = draw((entry.grad.numel() + 8,), entry.grad.dtype, device, 7 * number + offset)
+                grads.append(memory[offset : offset + entry.grad.numel()].view(entry.grad.shape))
+        plan(grads=None if offset is None else grads)
+        foreach_group_saliency(
+            [entry._replace(grad=grad) for entry, grad in zip(expected, grads, strict=True)], statistics=statistics
+        )
+        for number, (mine, theirs) in enumerate(zip(ours, expected, strict=True)):
+            assert torch.equal(mine.out, theirs.out), f"offset {offset}, entry {number}"
+
+
+def test_a_plan_holds_its_memory(device):
+    """Whatever becomes of the tensors: parameters that are given other memory, gradients that are dropped."""
+    weight, grad = (nn.Parameter(draw((64, 48), torch.float32, device, seed)) for seed in (94, 95))
+    out, sums = torch.zeros(64, device=device), group_saliency(weight, grad, axis=0, group=1)
+    plan = plan_group_saliency([SaliencyEntry(weight, grad, 0, 1, out)] * 2)
+    weight.data, grad.data = torch.empty(1, device=device), torch.empty(1, device=device)
+    plan()
+    assert torch.equal(out, sums + sums)
+    assert not out.requires_grad
+    other = draw((64, 48), torch.float32, device, 96)
+    plan(grads=[other.clone(), other.clone()])
+    memory = [torch.full((64, 48), torch.nan, device=device) for _ in range(4)]
+    plan()
+    assert out.isfinite().all()
+    del memory
+
+
+def test_a_plan_of_nothing(device):
+    plan_group_saliency([])()
+    plan_group_saliency([])(grads=[])
+    empty, full = torch.ones(0, 4, device=device), torch.ones(2, 4, device=device)
+    out = torch.full((4,), 5.0, device=device)
+    plan = plan_group_saliency([SaliencyEntry(empty, empty, 1, 1, out)])
+    plan()
+    plan(grads=[empty.clone()])
+    assert out.tolist() == [5.0] * 4
+    plan = plan_group_saliency([SaliencyEntry(one, one, 1, 1, out) for one in (empty, full, empty)])
+    plan(grads=[empty, full * 2, empty])
+    assert out.tolist() == [9.0] * 4
+
+
+def test_a_plan_without_gradients(device):
+    weight = draw((6, 8), torch.bfloat16, device, 97)
+    outs = [torch.zeros(8, device=device) for _ in range(2)]
+    plan = plan_group_saliency([SaliencyEntry(weight, None, 1, 1, out) for out in outs], statistics="squared")
+    plan()
+    plan(grads=[None, None])
+    expected = group_saliency(weight, None, axis=1, group=1, statistics="squared")
+    assert all(torch.equal(out, expected + expected) for out in outs)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"weight": torch.ones(4, 6, dtype=torch.float64)}, "entry 1: weight is torch.float64, not torch.float32"),
+        ({"grad": torch.ones(6, 4).T}, "entry 1: grad is not contiguous in its last dimension"),
+        (
+            {"grad": torch._neg_view(torch.ones(4, 6))},
+            "entry 1: grad is not contiguous in its last dimension, or lazily",
+        ),
+        ({"grad": torch.ones(4, 5)}, "entry 1: grad has shape [4, 5], weight [4, 6]"),
+        ({"out": torch.zeros(5)}, "entry 1: out is torch.float32 [5], it must be torch.float32 [6]"),
+    ],
+)
+def test_a_plan_refuses(device, change, message):
+    good = SaliencyEntry(*(torch.ones(4, 6, device=device) for _ in range(2)), 1, 1, torch.zeros(6, device=device))
+    if device != "cpu":
+        pytest.skip("said before a backend is asked")
+    with pytest.raises(ValueError, match=re.escape(message)):
+        plan_group_saliency([good, good._replace(**change)])
+
+
+def test_a_plan_refuses_outs_that_overlap(device):
+    one, memory = torch.ones(4, 6, device=device), torch.zeros(8, device=device)
+    with pytest.raises(ValueError, match="overlap without being the same"):
+        plan_group_saliency([SaliencyEntry(one, one, 1, 1, memory[start : start + 6]) for start in (0, 2)])
+
+
+@pytest.mark.parametrize(
+    ("grads", "message"),
+    [
+        ([torch.ones(4, 6)], "1 gradients for a plan of 2 entries: give one an entry"),
+        ([torch.ones(4, 6), None], "entry 1: grad is None, the plan was made for torch.float32 [4, 6]"),
+        (
+            [torch.ones(4, 6), torch.ones(4, 5)],
+            "entry 1: grad is torch.float32 [4, 5] of strides [5, 1] on cpu, the plan",
+        ),
+        ([torch.ones(4, 6).half(), torch.ones(4, 6)], "entry 0: grad is torch.float16 [4, 6]"),
+        ([torch.ones(6, 4).T, torch.ones(4, 6)], "entry 0: grad is torch.float32 [4, 6] of strides [1, 4]"),
+        (
+            [torch.ones(4, 6, device="meta"), torch.ones(4, 6)],
+            "entry 0: grad is torch.float32 [4, 6] of strides [6, 1] on m",
+        ),
+    ],
+)
+def test_a_plan_refuses_gradients(device, grads, message):
+    if device != "cpu":
+        pytest.skip("said before a backend is asked")
+    outs = [torch.zeros(6), torch.zeros(6)]
+    plan = plan_group_saliency([SaliencyEntry(torch.ones(4, 6), torch.ones(4, 6), 1, 1, out) for out in outs])
+    with pytest.raises(ValueError, match=re.escape(message)):
+        plan(grads=grads)
+    assert not any(out.any() for out in outs), "a refused call must not have written"
 
 
 # Equal bits.

@@ -24,16 +24,20 @@ enum Type : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
 constexpr int kAxis0Rows = 8, kAxis0Columns = 2048;
 constexpr int kAxis1Rows = 128, kAxis1Columns = 256;
 
+// Most rows (axis 0) or columns (axis 1) of a unit that the first launch of `saliency` leaves one partial sum of.
+constexpr int kAxis0Fold = kAxis0Rows, kAxis1Fold = 32;
+
 // Adds sums of products to the outputs that a table names; nirvana/ops/backends/cuda.py builds it, saliency.cu reads
 // it.
 //   table       int64: `entries` entries, their first tiles [entries + 1], `outputs` outputs, their first blocks
-//               [outputs + 1]
+//               [outputs + 1]; or 0
+//   one         without a table the one entry and after it the one output: they go to the kernels as arguments
 //   workspace   fp32, as large as the table's entries say
 //   tiles       blocks of the first launch, first_tile[entries]
 //   blocks      blocks of the second launch, first_block[outputs]
 //   statistics  bits of nirvana.ops.saliency.STATISTICS
-void saliency(std::uintptr_t table, std::int64_t entries, std::int64_t outputs, std::int64_t tiles, std::int64_t blocks,
-              std::uintptr_t workspace, int statistics, Queue queue);
+void saliency(std::uintptr_t table, const std::vector<std::int64_t>& one, std::int64_t entries, std::int64_t outputs,
+              std::int64_t tiles, std::int64_t blocks, std::uintptr_t workspace, int statistics, Queue queue);
 
 struct GatherMatrix {
   std::uintptr_t source;

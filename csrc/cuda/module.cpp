@@ -1,6 +1,7 @@
 // Python module nirvana._cuda: addresses, sizes, type codes and a stream in, nothing out. No torch header, so that one
 // build serves every release of torch, and no CUDA header, so that any C++ compiler builds this file.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include <cstddef>
 
@@ -26,14 +27,16 @@ std::vector<nirvana::GatherMatrix> gather_matrices(const py::list& matrices) {
 }  // namespace
 
 PYBIND11_MODULE(_cuda, module) {
-  module.attr("INTERFACE") = 2;
+  module.attr("INTERFACE") = 3;
   module.attr("TILES") = py::make_tuple(py::make_tuple(nirvana::kAxis0Rows, nirvana::kAxis0Columns),
                                         py::make_tuple(nirvana::kAxis1Rows, nirvana::kAxis1Columns));
+  module.attr("FOLDS") = py::make_tuple(nirvana::kAxis0Fold, nirvana::kAxis1Fold);
 
-  module.def("saliency", [](Address table, std::int64_t entries, std::int64_t outputs, std::int64_t tiles,
-                            std::int64_t blocks, Address workspace, int statistics, int device, Address stream) {
+  module.def("saliency", [](Address table, const std::vector<std::int64_t>& one, std::int64_t entries,
+                            std::int64_t outputs, std::int64_t tiles, std::int64_t blocks, Address workspace,
+                            int statistics, int device, Address stream) {
     py::gil_scoped_release release;
-    nirvana::saliency(table, entries, outputs, tiles, blocks, workspace, statistics, {device, stream});
+    nirvana::saliency(table, one, entries, outputs, tiles, blocks, workspace, statistics, {device, stream});
   });
 
   module.def("gather", [](const py::list& matrices, Address kept, int axis, std::int64_t unit, int device,

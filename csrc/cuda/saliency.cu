@@ -2,17 +2,21 @@
 //
 // Launch 1 sums tiles of fixed size to fp32 partials, launch 2 sums the partials of each unit and adds them to the
 // output. No order depends on the number of blocks in flight, on other matrices of the table, on types or on alignment;
-// no atomics. One matrix is a table of one, so a grouped call has the bits of single ones by construction.
+// no atomics. One matrix is a table of one, whose entry and output go as arguments of the kernels: nothing is copied to
+// the device, and a grouped call has the bits of single ones by construction.
 //
 // Order of a sum. Axis 0: a lane adds trees over 8 columns, chunk after chunk of a 2048-column tile; a tree over the 32
-// lanes. Axis 1: a lane adds 16 rows of a 128-row tile, 8 apart; a tree over the 8 warps. Then, for each unit: a lane
-// adds members of the group and, 8 apart, tiles; a tree over lanes, a tree over the 8 warps, one addition to the
-// output.
+// lanes. Axis 1: a lane adds 16 rows of a 128-row tile, 8 apart; a tree over the 8 warps. Then in both a tree over the
+// neighbours of one unit, as many as `fold` says: a position of the partials is 1, 2, 4 .. rows or columns of a unit.
+// Then, for each unit: a lane adds its positions and, 8 apart, tiles; a tree over lanes, a tree over the 8 warps, one
+// addition to the output.
 //
 // Bytes, 8B shapes in bf16 (2 + 2 an element), one statistic. gate [14336, 4096], axis 0: 235 MB read, a partial every
 // 2048 elements: 0.11 MB written and read, 0.1 %; 3584 tiles. down [4096, 14336], axis 1: 235 MB read, a partial every
 // 128 elements: 1.8 MB written and read, 1.6 %, which fits the second-level cache; 1792 tiles. o [4096, 4096]: 512
 // tiles. A statistic more costs a partial more: 3 % for two of axis 1, 9 % for all six.
+#include <cstring>
+
 #include "device.cuh"
 #include "elements.cuh"
 
@@ -36,7 +40,7 @@ struct Entry {
   std::int64_t axis;
   std::int64_t group;
   std::int64_t access;   // Access
-  std::int64_t partial;  // first element in the workspace: [statistic][tile][rows or columns]
+  std::int64_t partial;  // first element in the workspace: [statistic][tile][position]
   std::int64_t next;     // entry that is added to the same output after this one, or -1
 };
 
@@ -45,6 +49,12 @@ struct Output {
   std::int64_t units;
   std::int64_t first;  // entry that is added first
   std::int64_t units_a_block;
+};
+
+// What is in no table: the only entry and the only output of a call.
+struct One {
+  Entry entry;
+  Output output;
 };
 
 constexpr int kEntryFields = sizeof(Entry) / sizeof(std::int64_t);
@@ -87,10 +97,21 @@ __device__ __forceinline__ bool chosen(int mask, int statistic) {
   return kStatistics == 1 || (mask >> statistic & 1);
 }
 
+// Rows (axis 0) or columns (axis 1) of a position: the most that neither a group nor what folds is cut by.
+__device__ __forceinline__ int fold_of(const Entry& entry) {
+  const std::int64_t most = entry.axis == 0 ? kAxis0Fold : kAxis1Fold, divisor = entry.group & -entry.group;
+  return static_cast<int>(divisor < most ? divisor : most);
+}
+
+// Column sums of each warp of a block. Element i of lane l stands at 36 i + l: no two lanes of a warp meet in a bank,
+// neither writing nor reading.
+constexpr int kPitch = kWarp + 4;
+using ColumnSums = float[kWarps][kChunk * kPitch];
+
 // Axis 0: one row a warp, 2048 columns.
 template <int kStatistics, Access kAccess>
 __device__ __forceinline__ void sum_rows(const Entry& entry, const Operand& weight, const Operand& grad,
-                                         std::int64_t tile, int mask, float* partials) {
+                                         std::int64_t tile, int mask, float* partials, ColumnSums& shared) {
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
   const std::int64_t tiles = divide_up(entry.columns, kAxis0Columns);
   const std::int64_t row = tile / tiles * kAxis0Rows + warp;
@@ -142,24 +163,43 @@ __device__ __forceinline__ void sum_rows(const Entry& entry, const Operand& weig
   }
   __syncwarp();
 
-  float* partial = partials + tile * entry.rows + row;
+  float total[kStatistics];
+#pragma unroll
+  for (int statistic = 0; statistic < kStatistics; ++statistic) {
+    total[statistic] = sum[statistic];
+    if (!chosen<kStatistics>(mask, statistic)) continue;
+#pragma unroll
+    for (int offset = kWarp / 2; offset > 0; offset /= 2) {
+      total[statistic] = __fadd_rn(total[statistic], __shfl_xor_sync(kAllLanes, total[statistic], offset));
+    }
+  }
+  const int fold = fold_of(entry);
+  if (fold > 1) {
+    // The rows of a position are all in the matrix, so none of their warps has returned.
+    if (lane == 0) {
+#pragma unroll
+      for (int statistic = 0; statistic < kStatistics; ++statistic) shared[statistic][warp] = total[statistic];
+    }
+    __syncthreads();
+    if (warp % fold != 0) return;
+#pragma unroll
+    for (int statistic = 0; statistic < kStatistics; ++statistic) {
+      float parts[kWarps];
+#pragma unroll
+      for (int i = 0; i < kWarps; ++i) parts[i] = i < fold ? shared[statistic][warp + i] : 0.0f;
+      total[statistic] = tree(parts);
+    }
+  }
+  if (lane != 0) return;
+  const std::int64_t length = entry.rows / fold;
+  float* partial = partials + tile * length + row / fold;
 #pragma unroll
   for (int statistic = 0; statistic < kStatistics; ++statistic) {
     if (!chosen<kStatistics>(mask, statistic)) continue;
-    float total = sum[statistic];
-#pragma unroll
-    for (int offset = kWarp / 2; offset > 0; offset /= 2) {
-      total = __fadd_rn(total, __shfl_xor_sync(kAllLanes, total, offset));
-    }
-    if (lane == 0) *partial = total;
-    partial += tiles * entry.rows;
+    *partial = total[statistic];
+    partial += tiles * length;
   }
 }
-
-// Column sums of each warp of a block. Element i of lane l stands at 36 i + l: no two lanes of a warp meet in a bank,
-// neither writing nor reading.
-constexpr int kPitch = kWarp + 4;
-using ColumnSums = float[kWarps][kChunk * kPitch];
 
 // Axis 1: 256 columns, 8 a lane; 128 rows, every eighth a warp.
 template <int kStatistics, Access kAccess>
@@ -221,20 +261,24 @@ __device__ __forceinline__ void sum_columns(const Entry& entry, const Operand& w
 
   const std::int64_t mine = strip * kAxis1Columns + threadIdx.x;
   const int place = threadIdx.x % kChunk * kPitch + threadIdx.x / kChunk;
-  float* partial = partials + tile * entry.columns + mine;
+  const int fold = fold_of(entry);
+  const std::int64_t length = entry.columns / fold;
+  float* partial = partials + tile * length + mine / fold;
 #pragma unroll
   for (int statistic = 0; statistic < kStatistics; ++statistic) {
     if (!chosen<kStatistics>(mask, statistic)) continue;
 #pragma unroll
     for (int j = 0; j < kChunk; ++j) shared[warp][j * kPitch + lane] = sum[statistic][j];
     __syncthreads();
-    if (mine < entry.columns) {
-      float parts[kWarps];
+    float parts[kWarps];
 #pragma unroll
-      for (int i = 0; i < kWarps; ++i) parts[i] = shared[i][place];
-      *partial = tree(parts);
+    for (int i = 0; i < kWarps; ++i) parts[i] = shared[i][place];
+    float total = tree(parts);
+    for (int offset = 1; offset < fold; offset *= 2) {
+      total = __fadd_rn(total, __shfl_xor_sync(kAllLanes, total, offset));
     }
-    partial += tiles * entry.columns;
+    if (mine < entry.columns && mine % fold == 0) *partial = total;
+    partial += tiles * length;
     __syncthreads();
   }
 }
@@ -244,20 +288,26 @@ __device__ __forceinline__ void sum_tile(const Entry& entry, const Operand& weig
                                          std::int64_t tile, int mask, float* partials,
                                          ColumnSums& shared) {
   if (entry.axis == 0) {
-    sum_rows<kStatistics, kAccess>(entry, weight, grad, tile, mask, partials);
+    sum_rows<kStatistics, kAccess>(entry, weight, grad, tile, mask, partials, shared);
   } else {
     sum_columns<kStatistics, kAccess>(entry, weight, grad, tile, mask, partials, shared);
   }
 }
 
+// `table` is null where `one` is meant.
 template <int kStatistics>
-__global__ __launch_bounds__(kThreads, kStatistics == 1 ? 3 : 2) void sum_tiles(const std::int64_t* table, int entries,
-                                                                                int mask, float* workspace) {
+__global__ __launch_bounds__(kThreads, kStatistics == 1 ? 3 : 2) void sum_tiles(const std::int64_t* table, One one,
+                                                                                int entries, int mask,
+                                                                                float* workspace) {
   __shared__ ColumnSums shared;
-  const std::int64_t* first_tile = table + static_cast<std::int64_t>(entries) * kEntryFields;
-  const int index = find(first_tile, entries, blockIdx.x);
-  const Entry entry = reinterpret_cast<const Entry*>(table)[index];
-  const std::int64_t tile = blockIdx.x - first_tile[index];
+  Entry entry = one.entry;
+  std::int64_t tile = blockIdx.x;
+  if (table != nullptr) {
+    const std::int64_t* first_tile = table + static_cast<std::int64_t>(entries) * kEntryFields;
+    const int index = find(first_tile, entries, blockIdx.x);
+    entry = reinterpret_cast<const Entry*>(table)[index];
+    tile -= first_tile[index];
+  }
   const Operand weight{reinterpret_cast<const char*>(entry.weight), entry.weight_stride,
                        static_cast<int>(entry.weight_type), kStatistics == 1 || (mask & kReadsWeight)};
   const Operand grad{reinterpret_cast<const char*>(entry.grad), entry.grad_stride, static_cast<int>(entry.grad_type),
@@ -274,24 +324,30 @@ __global__ __launch_bounds__(kThreads, kStatistics == 1 ? 3 : 2) void sum_tiles(
 }
 
 // One statistic a layer of the grid. A warp holds 32 / lanes units, the warps of a block share the tiles.
-__global__ __launch_bounds__(kThreads) void add_totals(const std::int64_t* table, int entries, int outputs,
-                                                       const float* workspace) {
+__global__ __launch_bounds__(kThreads, 4) void add_totals(const std::int64_t* table, One one, int entries, int outputs,
+                                                          const float* workspace) {
   __shared__ float shared[kWarps][kWarp];
-  const Entry* all = reinterpret_cast<const Entry*>(table);
-  table += static_cast<std::int64_t>(entries) * (kEntryFields + 1) + 1;
-  const std::int64_t* first_block = table + static_cast<std::int64_t>(outputs) * kOutputFields;
-  const int index = find(first_block, outputs, blockIdx.x);
-  const Output output = reinterpret_cast<const Output*>(table)[index];
-  const std::int64_t begin = (blockIdx.x - first_block[index]) * output.units_a_block;
+  Output output = one.output;
+  std::int64_t block = blockIdx.x;
+  if (table != nullptr) {
+    const std::int64_t* targets = table + static_cast<std::int64_t>(entries) * (kEntryFields + 1) + 1;
+    const std::int64_t* first_block = targets + static_cast<std::int64_t>(outputs) * kOutputFields;
+    const int index = find(first_block, outputs, blockIdx.x);
+    output = reinterpret_cast<const Output*>(targets)[index];
+    block -= first_block[index];
+  }
+  const std::int64_t begin = block * output.units_a_block;
   float* out = reinterpret_cast<float*>(output.data) + blockIdx.y * output.units;
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
 
-  for (std::int64_t number = output.first; number >= 0; number = all[number].next) {
-    const Entry& entry = all[number];
-    const std::int64_t group = entry.group;
+  for (std::int64_t number = output.first, next; number >= 0; number = next) {
+    const Entry& entry = table == nullptr ? one.entry : reinterpret_cast<const Entry*>(table)[number];
+    next = entry.next;
+    const int fold = fold_of(entry);
+    const std::int64_t group = entry.group / fold;
     int lanes = 1;  // a unit, consecutive: depends on the entry alone, because the order of the sum does
     while (lanes < kWarp && lanes * 2 <= group) lanes *= 2;
-    const std::int64_t length = entry.axis == 0 ? entry.rows : entry.columns;
+    const std::int64_t length = (entry.axis == 0 ? entry.rows : entry.columns) / fold;
     const std::int64_t tiles = entry.axis == 0 ? divide_up(entry.columns, kAxis0Columns)
                                                : divide_up(entry.rows, kAxis1Rows);
     const float* partials = workspace + entry.partial + blockIdx.y * tiles * length;
@@ -331,16 +387,21 @@ __global__ __launch_bounds__(kThreads) void add_totals(const std::int64_t* table
 
 }  // namespace
 
-void saliency(std::uintptr_t table, std::int64_t entries, std::int64_t outputs, std::int64_t tiles, std::int64_t blocks,
-              std::uintptr_t workspace, int statistics, Queue queue) {
+void saliency(std::uintptr_t table, const std::vector<std::int64_t>& one, std::int64_t entries, std::int64_t outputs,
+              std::int64_t tiles, std::int64_t blocks, std::uintptr_t workspace, int statistics, Queue queue) {
+  if (one.size() != (table == 0 ? sizeof(One) / sizeof(std::int64_t) : 0)) {
+    throw std::runtime_error("nirvana CUDA kernel 'saliency': either a table, or one entry and one output");
+  }
+  One arguments{};
+  if (table == 0) std::memcpy(&arguments, one.data(), sizeof(One));
   const DeviceGuard guard(queue.device);
   int count = 0;
   for (int bit = 0; bit < kStatisticCount; ++bit) count += statistics >> bit & 1;
   const auto sum = statistics == 1 ? sum_tiles<1> : sum_tiles<kStatisticCount>;
   const auto* rows = reinterpret_cast<const std::int64_t*>(table);
   auto* partials = reinterpret_cast<float*>(workspace);
-  launch("saliency tiles", sum, tiles, 1, kThreads, queue, rows, entries, statistics, partials);
-  launch("saliency totals", add_totals, blocks, count, kThreads, queue, rows, entries, outputs, partials);
+  launch("saliency tiles", sum, tiles, 1, kThreads, queue, rows, arguments, entries, statistics, partials);
+  launch("saliency totals", add_totals, blocks, count, kThreads, queue, rows, arguments, entries, outputs, partials);
 }
 
 }  // namespace nirvana

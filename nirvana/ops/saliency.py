@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -22,7 +22,7 @@ STATISTICS = {
     "squared": 32,  # sum w^2
 }
 _OF_WEIGHT_ALONE = STATISTICS["magnitude"] | STATISTICS["squared"]
-_NATIVE = (torch.float32, torch.bfloat16, torch.float16)
+NATIVE = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class SaliencyEntry(NamedTuple):
@@ -79,7 +79,7 @@ def group_saliency(
         if traced(weight):
             sums = torch.ops.nirvana.group_saliency(weight, grad, axis, group, mask)
         elif out is not None and out.is_contiguous() and (order is None or order == sorted(order)):
-            _launch([_normal(weight, grad, axis, group, out.view(mask.bit_count(), shape[-1]))], mask)
+            _launch([normal_form(weight, grad, axis, group, out.view(mask.bit_count(), shape[-1]))], mask)
             return out
         else:
             sums = _one(weight, grad, axis, group, mask)
@@ -101,21 +101,8 @@ def foreach_group_saliency(entries: Sequence[SaliencyEntry], *, statistics: str 
     Raises:
         ValueError: an entry does not fit; the message counts entries from 0.
     """
-    mask, order = _statistics_mask(statistics)
-    if order is not None and order != sorted(order):
-        raise ValueError(f"statistics {list(statistics)} must stand in the order {', '.join(STATISTICS)}")
-    for number, entry in enumerate(entries):
-        try:
-            _check(entry.weight, entry.grad, entry.axis, entry.group, mask)
-            shape = (entry.weight.shape[entry.axis] // entry.group,)
-            _check_out(entry.out, shape if order is None else (len(order), *shape), entry.weight)
-            if not entry.out.is_contiguous():
-                raise ValueError("out must be contiguous")
-            if entry.weight.device != entries[0].weight.device:
-                raise ValueError(f"weight is on {entry.weight.device}, that of entry 0 on {entries[0].weight.device}")
-        except ValueError as error:
-            raise ValueError(f"entry {number}: {error}") from None
-    outs, targets = _targets(entries)
+    mask = check_entries(entries, statistics)
+    outs, targets = targets_of(entries)
     columns = [list(column) for column in zip(*(entry[:4] for entry in entries), strict=True)] or [[], [], [], []]
     with torch.no_grad():
         if traced(*(entry.weight for entry in entries)):
@@ -124,11 +111,36 @@ def foreach_group_saliency(entries: Sequence[SaliencyEntry], *, statistics: str 
             _foreach(outs, targets, *columns, mask)
 
 
+def check_entries(
+    entries: Sequence[SaliencyEntry],
+    statistics: str | Sequence[str],
+    further: Callable[[SaliencyEntry], None] = lambda entry: None,
+) -> int:
+    """The mask of `statistics`. Raises ValueError where an entry does not fit, or fails a `further` check."""
+    mask, order = _statistics_mask(statistics)
+    if order is not None and order != sorted(order):
+        raise ValueError(f"statistics {list(statistics)} must stand in the order {', '.join(STATISTICS)}")
+    for number, entry in enumerate(entries):
+        try:
+            weight, grad, axis, group, out = entry
+            _check(weight, grad, axis, group, mask)
+            shape = (weight.shape[axis] // group,)
+            _check_out(out, shape if order is None else (len(order), *shape), weight)
+            if not out.is_contiguous():
+                raise ValueError("out must be contiguous")
+            if weight.device != entries[0].weight.device:
+                raise ValueError(f"weight is on {weight.device}, that of entry 0 on {entries[0].weight.device}")
+            further(entry)
+        except ValueError as error:
+            raise ValueError(f"entry {number}: {error}") from None
+    return mask
+
+
 @implements("group_saliency")
 def _one(weight: Tensor, grad: Tensor | None, axis: int, group: int, statistics: int) -> Tensor:
     units = weight.shape[axis] // group
     out = torch.zeros((statistics.bit_count(), units), dtype=torch.float32, device=weight.device)
-    _launch([_normal(weight, grad, axis, group, out)], statistics)
+    _launch([normal_form(weight, grad, axis, group, out)], statistics)
     return out
 
 
@@ -145,7 +157,7 @@ def _foreach(
     rows = statistics.bit_count()
     _launch(
         [
-            _normal(weight, grad, axis, group, outs[target].view(rows, weight.shape[axis] // group))
+            normal_form(weight, grad, axis, group, outs[target].view(rows, weight.shape[axis] // group))
             for weight, grad, axis, group, target in zip(weights, grads, axes, groups, targets, strict=True)
         ],
         statistics,
@@ -159,7 +171,7 @@ def _launch(table: list[Matrices], statistics: int) -> None:
         choose(table[0].weight.device).saliency(table, statistics)
 
 
-def _normal(weight: Tensor, grad: Tensor | None, axis: int, group: int, out: Tensor) -> Matrices:
+def normal_form(weight: Tensor, grad: Tensor | None, axis: int, group: int, out: Tensor) -> Matrices:
     """What backends read: matrices with a contiguous last dimension, in one of three types."""
     if weight.dim() == 1:
         axis, weight, grad = 1, weight[None], None if grad is None else grad[None]
@@ -169,13 +181,13 @@ def _normal(weight: Tensor, grad: Tensor | None, axis: int, group: int, out: Ten
 def _readable(matrix: Tensor) -> Tensor:
     # Lazily negated tensors and conjugates share the memory of what they are of.
     matrix = matrix.resolve_neg()
-    if matrix.dtype not in _NATIVE:
+    if matrix.dtype not in NATIVE:
         matrix = matrix.float()
     # A stride of a dimension of length 1 means nothing, and contiguous() would leave it.
     return matrix if matrix.shape[1] <= 1 or matrix.stride(1) == 1 else matrix.contiguous()
 
 
-def _targets(entries: Sequence[SaliencyEntry]) -> tuple[list[Tensor], list[int]]:
+def targets_of(entries: Sequence[SaliencyEntry]) -> tuple[list[Tensor], list[int]]:
     """The different outs, and for each entry the index of its own.
 
     Raises:
@@ -194,8 +206,8 @@ def _targets(entries: Sequence[SaliencyEntry]) -> tuple[list[Tensor], list[int]]
             raise ValueError(
                 "two entries have outs that overlap without being the same; give each its own, or one to both"
             )
-    order = list(outs)
-    return list(outs.values()), [order.index(key) for key in keys]
+    order = {key: number for number, key in enumerate(outs)}
+    return list(outs.values()), [order[key] for key in keys]
 
 
 def _statistics_mask(statistics: str | Sequence[str]) -> tuple[int, list[int] | None]:

@@ -10,7 +10,8 @@ from operators import DTYPES, draw, short
 from torch import Tensor
 
 from nirvana.kernels import config, saliency
-from nirvana.ops import STATISTICS, SaliencyEntry, foreach_group_saliency, group_saliency
+from nirvana.kernels.table import Table
+from nirvana.ops import STATISTICS, SaliencyEntry, foreach_group_saliency, group_saliency, plan_group_saliency
 from nirvana.ops.backends import Matrices
 
 ALL = list(STATISTICS)
@@ -121,6 +122,76 @@ def test_order_of_sums():
     assert torch.equal(group_saliency(weight, grad, axis=1, group=1), (upper + lower).float())
 
 
+@pytest.mark.parametrize("axis", [0, 1])
+def test_order_of_sums_in_groups(axis):
+    """Neighbours of one unit are folded before they leave a tile: 4 of a unit of 12 here."""
+    shape = (24, 40) if axis == 0 else (40, 24)
+    weight, grad = both(shape, (torch.float32, torch.bfloat16), 74)
+    terms = (weight * grad.float()).abs()
+    padded = torch.zeros((32, 256) if axis == 0 else (48, 32))
+    padded[: shape[0], : shape[1]] = terms
+    blocks = padded.split(16)
+    if axis == 0:
+        sums = torch.cat([neighbours(block) for block in blocks])[:24]
+    else:
+        sums = torch.stack([halves(block) for block in blocks])[:, :24]
+    folded = neighbours(sums.reshape(-1, 4)).double().view(*sums.shape[:-1], 6)
+    folded = folded.sum(0) if axis == 1 else folded
+    expected = folded.view(2, 3).sum(1).float()
+    assert torch.equal(group_saliency(weight, grad, axis=axis, group=12), expected)
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+@pytest.mark.parametrize("group", [2, 4, 16, 48, 64, 192, 256, 384, 768])
+@pytest.mark.parametrize("names", [["taylor"], ALL], ids=["one", "six"])
+def test_groups_of_any_size(axis, group, names):
+    units = max(1, 400 // group)
+    shape = (units * group, 70) if axis == 0 else (37, units * group)
+    weight, grad = both(shape, (torch.bfloat16, torch.float32), 76)
+    ours = group_saliency(weight, grad, axis=axis, group=group, statistics=names)
+    assert_no_worse_than_eager(ours, weight, grad, axis, group, names)
+
+
+@pytest.mark.parametrize("statistics", [1, 6])
+def test_positions_are_cut_by_neither_tiles_nor_groups(statistics):
+    chosen = config.SaliencyConfig.of(statistics)
+    for axis, block in ((0, chosen.block_rows), (1, chosen.block_columns)):
+        for group in range(1, 600):
+            position = 1 << chosen.levels(axis, group)
+            assert group % position == 0
+            assert block % position == 0
+            assert position == block or group % (2 * position), "the most"
+
+
+def test_one_matrix_takes_no_table(monkeypatch):
+    """Its numbers are arguments: nothing is copied to a GPU, and a CUDA graph may be captured."""
+    monkeypatch.setattr(Table, "to", lambda *_: pytest.fail("a table was copied"))
+    weight, grad = both((20, 50), (torch.bfloat16, torch.float32), 78)
+    ours = group_saliency(weight, grad, axis=0, group=5)
+    assert_no_worse_than_eager([ours], weight, grad, 0, 5, ["taylor"])
+
+
+@pytest.mark.usefixtures("short_search")
+@pytest.mark.parametrize("names", [["taylor"], ["squared"], ALL], ids=["taylor", "squared", "six"])
+def test_a_plan_has_the_bits_of_a_table(names):
+    """Also with other gradients, in the same places of the table, or of another alignment, which go elsewhere."""
+    ours, theirs = ([torch.zeros(len(names), units) for units in (15, 2, 4)] for _ in range(2))
+    entries = [SaliencyEntry(weight, grad, axis, group, ours[out]) for weight, grad, axis, group, out in model()]
+    plan = plan_group_saliency(entries, statistics=names)
+    start = [entry.grad for entry in entries]
+    aligned = [2 * grad for grad in start]
+    shifted = [torch.cat([grad.flatten(), grad.flatten()[:1]])[1:].view(grad.shape) for grad in start]
+    assert any((one.data_ptr() ^ other.data_ptr()) % 16 for one, other in zip(start, shifted, strict=True))
+    for given, read in ((None, start), (aligned, aligned), (shifted, shifted), (None, shifted), (start, start)):
+        plan(grads=given)
+        table = [
+            entry._replace(grad=grad, out=theirs[out])
+            for entry, grad, (*_, out) in zip(entries, read, model(), strict=True)
+        ]
+        foreach_group_saliency(table, statistics=names)
+        assert all(torch.equal(one, other) for one, other in zip(ours, theirs, strict=True))
+
+
 @pytest.mark.parametrize("length", [1, 37, 300])
 def test_bias(length):
     weight, grad = both((length,), (torch.bfloat16, torch.float32), 8)
@@ -138,7 +209,7 @@ def test_rows_lie_apart_among_nan(axis, aligned):
     views = [frame[1:37:2, columns] for frame in frames]
     for view, one in zip(views, (weight, grad), strict=True):
         view.copy_(one)
-    assert all(saliency._aligned(view) == aligned for view in views)
+    assert all(saliency._aligned(view.data_ptr(), view.stride(0), len(view)) == aligned for view in views)
     buffer = torch.full((len(ALL) + 2, 18 if axis == 0 else 304), 7.0)
     out = buffer[1:-1]
     out.zero_()
@@ -213,7 +284,7 @@ def test_a_table_takes_one_launch_a_pass(monkeypatch):
             grids.append(grid)
             return self.kernel[grid]
 
-    for name in ("_saliency_tiles_kernel", "_saliency_totals_kernel"):
+    for name in ("_saliency_tiles_kernel", "saliency_totals_kernel"):
         monkeypatch.setattr(saliency, name, Counting(getattr(saliency, name)))
     ones = torch.ones(8, 64)
     table = [Matrices(ones, ones, 0, 1, torch.zeros(1, 8)), Matrices(ones, ones, 1, 8, torch.zeros(1, 8))]

@@ -1,6 +1,6 @@
 """Which kernels serve an operator: the choice of backend, and why one is missing.
 
-A backend is a module with the five functions of `Kernels`. They get tensors in normal form, checked, on one device and
+A backend is a module with the six functions of `Kernels`. They get tensors in normal form, checked, on one device and
 not empty: matrices whose last stride is 1 (or whose last dimension is); a bias is a matrix of one row.
 """
 
@@ -39,12 +39,22 @@ class Matrices(NamedTuple):
     out: Tensor
 
 
+class PlannedSaliency(Protocol):
+    """`Kernels.saliency` of one table: each call adds the sums of what the tensors hold then."""
+
+    def __call__(self, grads: Sequence[Tensor | None] | None = None) -> None:
+        """Run. With `grads`, of the forms of those in the table and in its order, from now on with these."""
+
+
 class Kernels(Protocol):
     """What a backend module defines."""
 
     def saliency(self, table: Sequence[Matrices], statistics: int) -> None:
         """Add the sums that the bits of `statistics` name (see `nirvana.ops.saliency`), rows in the order of the bits.
         Entries may share an `out`; they are added in the order of the table."""
+
+    def plan_saliency(self, table: Sequence[Matrices], statistics: int) -> PlannedSaliency:
+        """`saliency`, laid out and not yet run. The caller holds the tensors."""
 
     def gather(self, weights: Sequence[Tensor], kept: Tensor, axis: int, unit: int, outs: Sequence[Tensor]) -> None:
         """Write the kept units of each matrix to its contiguous `out`. Any element type. `kept` is int64, contiguous,
@@ -87,7 +97,7 @@ def _why_no_cuda() -> str | None:
 
 
 #: Interface between the Python and the C++ side; a module of another number is refused, not called.
-NATIVE_INTERFACE = 2
+NATIVE_INTERFACE = 3
 
 
 def _why_not_built(name: str, needs: str) -> str | None:

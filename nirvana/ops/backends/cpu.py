@@ -18,12 +18,30 @@ _CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
 def saliency(table: Sequence[Matrices], statistics: int) -> None:
-    rows: list[int] = []
-    for weight, grad, axis, group, out in table:
-        # A statistic of the weight alone reads no gradient; the kernel then gets the weight twice.
-        grad = weight if grad is None else grad
-        rows += [*_matrix(weight), *_matrix(grad), *weight.shape, axis, group, out.data_ptr()]
-    _cpu.group_saliency(rows, statistics, torch.get_num_threads())
+    plan_saliency(table, statistics)()
+
+
+def plan_saliency(table: Sequence[Matrices], statistics: int) -> _Planned:
+    return _Planned(table, statistics)
+
+
+class _Planned:
+    #: weight and grad (address, type, row stride), rows, columns, axis, group, address of out
+    FIELDS = 11
+
+    def __init__(self, table: Sequence[Matrices], statistics: int):
+        self._statistics = statistics
+        self._rows: list[int] = []
+        for weight, grad, axis, group, out in table:
+            # A statistic of the weight alone reads no gradient; the kernel then gets the weight twice.
+            grad = weight if grad is None else grad
+            self._rows += [*_matrix(weight), *_matrix(grad), *weight.shape, axis, group, out.data_ptr()]
+
+    def __call__(self, grads: Sequence[Tensor | None] | None = None) -> None:
+        for row, grad in enumerate(grads or ()):
+            if grad is not None:
+                self._rows[row * self.FIELDS + 3] = grad.data_ptr()
+        _cpu.group_saliency(self._rows, self._statistics, torch.get_num_threads())
 
 
 def gather(weights: Sequence[Tensor], kept: Tensor, axis: int, unit: int, outs: Sequence[Tensor]) -> None:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from nirvana import _cuda
 from nirvana.ops.backends import Matrices
+from nirvana.ops.backends.upload import upload
 from nirvana.ops.saliency import STATISTICS
 
 # No kernel of its own: that of Triton, where it is installed.
@@ -25,12 +26,14 @@ if importlib.util.find_spec("triton") is not None:
 else:
     from nirvana.ops.backends.reference_mixture import mixture
 
-__all__ = ["build_table", "divergence", "divergence_state", "gather", "mixture", "saliency"]
+__all__ = ["build_table", "divergence", "divergence_state", "gather", "mixture", "plan_saliency", "saliency"]
 
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 #: (rows, columns) of a tile where axis 0 is kept and where axis 1 is, as the kernels have them.
 TILES = ((8, 2048), (128, 256))
+#: Most rows, and most columns, of a unit that one partial sum is of.
+FOLDS = (8, 32)
 
 # How the kernels read: 16-bit elements with 128-bit loads, any with 128-bit loads, any one by one.
 _HALF, _VECTOR, _SCALAR = 0, 1, 2
@@ -41,6 +44,10 @@ _READ_WEIGHT = ~STATISTICS["ntk"]
 _READ_GRAD = ~(STATISTICS["magnitude"] | STATISTICS["squared"])
 
 
+#: Numbers of an entry in a table.
+FIELDS = 13
+
+
 class Table(NamedTuple):
     """What one call of the saliency kernels needs.
 
@@ -48,7 +55,7 @@ class Table(NamedTuple):
         values: the table itself, int64. Of each entry: weight, grad, their strides in bytes, their types, rows,
             columns, axis, group, access, partials, next entry with the same output or -1. Then the first tile of each
             entry, and their number. Of each output: address, units, first entry, units a block. Then the first block
-            of each output, and their number.
+            of each output, and their number. With one entry its numbers and those of its output alone.
         entries, outputs, tiles, blocks: numbers of these.
         workspace: fp32 elements of partial sums.
     """
@@ -62,22 +69,54 @@ class Table(NamedTuple):
 
 
 def saliency(table: Sequence[Matrices], statistics: int) -> None:
-    for part in _independent(table):
-        plan = build_table(part, statistics)
-        device = part[0].weight.device
-        values = torch.tensor(plan.values, dtype=torch.int64, pin_memory=device.type == "cuda")
-        on_device = values.to(device, non_blocking=True)
-        workspace = torch.empty(plan.workspace, dtype=torch.float32, device=device)
-        _cuda.saliency(
-            on_device.data_ptr(),
-            plan.entries,
-            plan.outputs,
-            plan.tiles,
-            plan.blocks,
-            workspace.data_ptr(),
-            statistics,
-            *_queue(device),
-        )
+    _Planned(table, statistics)()
+
+
+def plan_saliency(table: Sequence[Matrices], statistics: int) -> _Planned:
+    return _Planned(table, statistics)
+
+
+class _Planned:
+    """Tables on the device, or where there is one entry its numbers."""
+
+    def __init__(self, table: Sequence[Matrices], statistics: int):
+        self._table, self._statistics = table, statistics
+        self._device = table[0].weight.device
+        self._lay_out()
+
+    def __call__(self, grads: Sequence[Tensor] | None = None) -> None:
+        if grads is not None and self._statistics & _READ_GRAD:
+            self._replace(grads)
+        for plan, on_device in self._parts:
+            workspace = torch.empty(plan.workspace, dtype=torch.float32, device=self._device)
+            _cuda.saliency(
+                0 if on_device is None else on_device.data_ptr(),
+                plan.values if on_device is None else [],
+                *plan[1:5],
+                workspace.data_ptr(),
+                self._statistics,
+                *_queue(self._device),
+            )
+
+    def _lay_out(self) -> None:
+        self._parts = []
+        self._addresses = [0 if entry.grad is None else entry.grad.data_ptr() for entry in self._table]
+        for part in _independent(self._table):
+            plan = build_table(part, self._statistics)
+            self._parts.append((plan, None if plan.entries == 1 else upload(plan.values, self._device)))
+
+    def _replace(self, grads: Sequence[Tensor]) -> None:
+        before, addresses = self._addresses, [grad.data_ptr() for grad in grads]
+        moved = any((old ^ new) % _VECTOR_BYTES for old, new in zip(before, addresses, strict=True))
+        plan, on_device = self._parts[0]
+        if moved or len(self._parts) > 1 or on_device is None:
+            # Another alignment may mean another access, and a part of one entry is its numbers.
+            self._table = [entry._replace(grad=grad) for entry, grad in zip(self._table, grads, strict=True)]
+            self._lay_out()
+            return
+        self._addresses = addresses
+        entries = on_device[: plan.entries * FIELDS].view(plan.entries, FIELDS)
+        entries[:, 1].copy_(upload(addresses, self._device))
 
 
 def gather(weights: Sequence[Tensor], kept: Tensor, axis: int, unit: int, outs: Sequence[Tensor]) -> None:
@@ -121,9 +160,11 @@ def build_table(table: Sequence[Matrices], statistics: int) -> Table:
         pairs = [value for pair in zip(weight_row, grad_row, strict=True) for value in pair]
         rows.append([*pairs, height, width, axis, group, access, partials, -1])
         tiles.append(tiles[-1] + down * across)
-        partials += count * (height * across if axis == 0 else width * down)
+        fold = min(group & -group, FOLDS[axis])
+        partials += count * (height * across if axis == 0 else width * down) // fold
 
-        units_a_block = _WARP // min(1 << (group.bit_length() - 1), _WARP)
+        positions = group // fold
+        units_a_block = _WARP // min(1 << (positions.bit_length() - 1), _WARP)
         output = outputs.setdefault(out.data_ptr(), [out.shape[1], number, number, 0])
         if output[2] != number:
             rows[output[2]][-1] = number
@@ -134,7 +175,9 @@ def build_table(table: Sequence[Matrices], statistics: int) -> Table:
     for address, (units, first, _, units_a_block) in outputs.items():
         targets += [address, units, first, units_a_block]
         blocks.append(blocks[-1] - (-units // units_a_block))
-    values = [value for row in rows for value in row] + tiles + targets + blocks
+    values = (
+        rows[0] + targets if len(rows) == 1 else [value for row in rows for value in row] + tiles + targets + blocks
+    )
     return Table(values, len(rows), len(outputs), tiles[-1], blocks[-1], partials)
 
 

@@ -11,7 +11,7 @@ from nirvana.ops.backends import Matrices
 from nirvana.ops.backends.reference_mixture import mixture
 from nirvana.ops.saliency import STATISTICS
 
-__all__ = ["divergence", "divergence_state", "gather", "mixture", "saliency"]
+__all__ = ["divergence", "divergence_state", "gather", "mixture", "plan_saliency", "saliency"]
 
 _TERMS = {
     "taylor": lambda w, g: (g * w).abs_(),
@@ -30,6 +30,20 @@ def saliency(table: Sequence[Matrices], statistics: int) -> None:
         names = [name for name, bit in STATISTICS.items() if statistics & bit]
         for row, name in zip(out, names, strict=True):
             row += _sum(_sum(_TERMS[name](weight, grad), 1 - axis).view(-1, group), 1)
+
+
+def plan_saliency(table: Sequence[Matrices], statistics: int) -> _Planned:
+    return _Planned(table, statistics)
+
+
+class _Planned:
+    def __init__(self, table: Sequence[Matrices], statistics: int):
+        self._table, self._statistics = table, statistics
+
+    def __call__(self, grads: Sequence[Tensor | None] | None = None) -> None:
+        if grads is not None:
+            self._table = [entry._replace(grad=grad) for entry, grad in zip(self._table, grads, strict=True)]
+        saliency(self._table, self._statistics)
 
 
 def gather(weights: Sequence[Tensor], kept: Tensor, axis: int, unit: int, outs: Sequence[Tensor]) -> None:

@@ -3,6 +3,6 @@
 from nirvana.kernels.divergence import divergence, divergence_state
 from nirvana.kernels.gather import gather
 from nirvana.kernels.mixture import mixture
-from nirvana.kernels.saliency import saliency
+from nirvana.kernels.saliency import plan_saliency, saliency
 
-__all__ = ["divergence", "divergence_state", "gather", "mixture", "saliency"]
+__all__ = ["divergence", "divergence_state", "gather", "mixture", "plan_saliency", "saliency"]
