@@ -345,7 +345,7 @@ def test_chunks_of_the_vocabulary_change_nothing(monkeypatch, name, objective, e
     """One token id at a time, 5 (which does not divide 71), all but one, all."""
     model, tokens = build(name), draw_tokens(4, 12)
     whole = score(model, tokens, objective=objective, attention_mask=RIGHT)
-    monkeypatch.setattr("nirvana.saliency.objectives.CHUNK_ELEMENTS", elements)
+    monkeypatch.setattr("nirvana.ops.head.chunk_elements", lambda device: elements)
     assert_same(score(model, tokens, objective=objective, attention_mask=RIGHT), whole, 3e-6)
 
 
@@ -363,7 +363,7 @@ class LargestTensor(TorchDispatchMode):
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_logits_of_the_whole_batch_never_exist(monkeypatch, objective):
-    monkeypatch.setattr("nirvana.saliency.objectives.CHUNK_ELEMENTS", 2**14)
+    monkeypatch.setattr("nirvana.ops.head.chunk_elements", lambda device: 2**14)
     config = copy.deepcopy(CONFIGS["llama"])
     config.vocab_size = 3000
     model, tokens = build("", config=config), draw_tokens(8, 32, vocabulary=3000)
