@@ -7,6 +7,7 @@ Fake tensors cannot do this here: on a build without CUDA, autograd aborts on fa
 from __future__ import annotations
 
 from collections import Counter
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -47,7 +48,7 @@ class PretendedDevices(TorchDispatchMode):
         waits: how often the host would have waited for a device, by operation; of all instances.
     """
 
-    waits: Counter = Counter()
+    waits: ClassVar[Counter] = Counter()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs, name = dict(kwargs or {}), func._schema.name

@@ -154,7 +154,7 @@ def test_the_objectives_do_not_wait(objective, monkeypatch):
     """Nor for each chunk of the vocabulary."""
     monkeypatch.setattr("nirvana.ops.head.chunk_elements", lambda device: 4 * 12 * 5)
     model, tokens = deep("qwen3-biases", 2), draw_tokens(4, 12)
-    theirs = waits_of(lambda: model(input_ids=_there(tokens)))
+    theirs = waits_of(lambda: model(input_ids=_there(tokens), use_cache=False))
     assert 0 < waits_of(lambda: score(model, tokens, objective=objective)) - theirs <= FEW
 
 
@@ -163,7 +163,7 @@ def test_afr_waits_in_its_decompositions_alone():
     tokens, waits = draw_tokens(4, 12), []
     for layers, micro_batch in ((2, 4), (2, 1), (5, 2)):
         model = deep("llama", layers)
-        theirs = waits_of(lambda model=model: model(input_ids=_there(tokens)))
+        theirs = waits_of(lambda model=model: model(input_ids=_there(tokens), use_cache=False))
         waits.append(
             waits_of(lambda model=model, n=micro_batch: score(model, tokens, criterion="afr-abs", micro_batch=n))
         )

@@ -74,11 +74,11 @@ def sums_at(where: Tensor, rows: Tensor, positions: int) -> Tensor:
     examples, words = where.shape
     if rows.dtype != torch.float32:
         one_hot = rows.new_zeros(examples, positions, words)
-        one_hot.scatter_(1, where[:, None, :], 1.0)
+        one_hot.scatter_(1, where.unsqueeze(1), 1.0)
         return product(one_hot.view(-1, words), rows).view(examples, positions, -1)
-    bags = where + torch.arange(examples, device=where.device)[:, None] * positions
+    bags = where + torch.arange(examples, device=where.device).unsqueeze(1) * positions
     bags, order = bags.flatten().sort(stable=True)
-    ids = torch.arange(words, device=where.device).expand(examples, -1).flatten()[order]
+    ids = torch.arange(words, device=where.device).expand(examples, -1).flatten().index_select(0, order)
     starts = torch.searchsorted(bags, torch.arange(examples * positions, device=where.device))
     return F.embedding_bag(ids, rows, starts, mode="sum").view(examples, positions, -1)
 

@@ -68,5 +68,11 @@ def explained(
     """
     at_once = all(answers_at_once(device) for device in devices_of(model))
     finite = Finite(at_once)
-    result = walk(finite, progress)
-    return result if finite.all() else walk(Finite(), lambda: None)
+    try:
+        result = walk(finite, progress)
+        if finite.all():
+            return result
+    except torch.linalg.LinAlgError:  # decompositions refuse what is not finite
+        if finite.all():
+            raise
+    return walk(Finite(), lambda: None)
