@@ -14,8 +14,10 @@ from test_saliency_masks import RIGHT
 
 from nirvana import NirvanaError, describe, score
 from nirvana.architectures.inputs import model_inputs
+from nirvana.repair import repair
 from nirvana.saliency import ntk_report
 from nirvana.saliency.afr import weight_scores
+from nirvana.selection.probe import Probe
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -104,6 +106,19 @@ def test_the_kernel_report_of_layers_on_two_devices(name):
     plan = families.random_plan(build(name), 4)
     with PretendedDevices():
         assert ntk_report(divided(name), plan, tokens) == ntk_report(divided(name, ()), plan, tokens)
+
+
+def test_probe_and_repair_of_layers_on_two_devices():
+    tokens, found = draw_tokens(3), []
+    plan = families.uniform_plan(build("llama"), 1, 5, seed=0)
+    with PretendedDevices():
+        for second in ((), SECOND["llama"]):
+            model = divided("llama", second)
+            probe = Probe(model, tokens, micro_batch=2)
+            repair(model, plan, tokens)
+            found.append(probe.divergence())
+    assert found[0] == found[1]
+    assert found[0].kl > 0
 
 
 # ---- waiting --------------------------------------------------------------------------------------------------------
