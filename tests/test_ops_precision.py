@@ -7,7 +7,9 @@ import contextlib
 import pytest
 import torch
 import torch.nn.functional as F
+from test_saliency import build, draw_tokens
 
+from nirvana import score
 from nirvana.ops.precision import _repeatable_attention, exact, launched_deterministically
 
 MATMUL = torch.backends.cuda.matmul
@@ -139,4 +141,22 @@ def test_the_mode_does_not_outlive_a_backward_pass_that_breaks_off():
     launched_deterministically(y.grad_fn)
     with pytest.raises(KeyError), _repeatable_attention():
         y.backward(torch.ones(3))
+    assert torch.get_deterministic_debug_mode() == 0
+
+
+@pytest.mark.parametrize("checkpointed", [True, False])
+def test_a_walk_with_repeatable_attention_gives_the_same_scores(checkpointed, monkeypatch):
+    """Recomputed or not, the backward of each layer's attention is found once, and nothing else."""
+    model, tokens, found = build("llama"), draw_tokens(), []
+    expected = score(model, tokens, gradient_checkpointing=checkpointed)
+
+    def counted(node):
+        launched_deterministically(node)
+        node.register_prehook(lambda gradient: found.append(torch.get_deterministic_debug_mode()))
+
+    monkeypatch.setattr("nirvana.ops.precision.launched_deterministically", counted)
+    with _repeatable_attention():
+        ours = score(model, tokens, gradient_checkpointing=checkpointed)
+    assert all(torch.equal(ours[block], values) for block, values in expected.items())
+    assert found == [2] * model.config.num_hidden_layers
     assert torch.get_deterministic_debug_mode() == 0

@@ -1,6 +1,6 @@
 """Which layers keep their activations for the backward pass, and which keep their input alone and run again.
 
-To run a layer again costs a quarter of a walk's products (one of two forward and two backward), and takes its memory
+To run layers again costs a forward pass, a third more products than forward and backward take, and takes the memory
 from all layers' activations to one's. The bits of the gradients are the same.
 """
 

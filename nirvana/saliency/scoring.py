@@ -71,7 +71,7 @@ def score(
             size of the prunable weights anyway; taylor2 takes one at a time always; all others pay nothing and take
             512 tokens at a time on a CPU, 4096 on a GPU.
         gradient_checkpointing: whether layers keep their input alone and are run again in the backward pass, which
-            takes less memory and, on a GPU, a quarter more products. Same bits. None decides: on a GPU those layers do
+            takes less memory and, on a GPU, a third more products. Same bits. None decides: on a GPU those layers do
             whose activations do not fit in its free memory; on a CPU, where it costs no time, all of them, but none
             for mask-fisher and mask-abs, which take few tokens at a time.
         seed: of the "random" criterion.
