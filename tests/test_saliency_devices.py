@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 
+import accelerate
 import families
 import pytest
 import torch
@@ -66,9 +67,19 @@ def assert_equal(ours, expected):
 # ---- several devices ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("mask", [None, RIGHT], ids=["whole", "padded"])
 @pytest.mark.parametrize("criterion", CRITERIA)
-@pytest.mark.parametrize("name", SECOND)
+@pytest.mark.parametrize(
+    ("name", "mask"),
+    [
+        ("llama", None),
+        ("llama", RIGHT),
+        ("llama-tied", None),
+        ("qwen3-biases", RIGHT),
+        ("t5", RIGHT),
+        ("t5-gated", None),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "whole" if value is None else "padded",
+)
 def test_layers_on_two_devices_get_the_scores_of_one(name, criterion, mask):
     tokens = draw_tokens(4, 12)
     options = {"criterion": criterion, "attention_mask": mask, "micro_batch": 3}
@@ -119,6 +130,14 @@ def test_probe_and_repair_of_layers_on_two_devices():
             found.append(probe.divergence())
     assert found[0] == found[1]
     assert found[0].kl > 0
+
+
+@pytest.mark.parametrize("criterion", ["nirvana", "mask-fisher", "flap", "magnitude"])
+def test_offloaded_weights_are_refused(criterion):
+    model = build("llama")
+    accelerate.cpu_offload(model.model.layers[1], torch.device("cpu"))
+    with pytest.raises(NirvanaError, match=r"parameter model\.layers\.1\.\S+ is offloaded .* device_map"):
+        score(model, draw_tokens(), criterion=criterion)
 
 
 # ---- waiting --------------------------------------------------------------------------------------------------------

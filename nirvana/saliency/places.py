@@ -9,11 +9,23 @@ import torch
 from torch import Tensor, nn
 
 from nirvana.architectures import Architecture
+from nirvana.errors import NirvanaError
 
 Key = TypeVar("Key", bound=Hashable)
 
 
 def devices_of(model: nn.Module) -> set[torch.device]:
+    """The devices of all parameters.
+
+    Raises:
+        NirvanaError: a parameter is offloaded: accelerate puts another one in its place for each forward pass.
+    """
+    for name, parameter in model.named_parameters():
+        if parameter.device == torch.device("meta"):
+            raise NirvanaError(
+                f"parameter {name} is offloaded and has no gradient to score; load the model with a device_map that "
+                "names no 'cpu' and no 'disk'"
+            )
     return {parameter.device for parameter in model.parameters()}
 
 
