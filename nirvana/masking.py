@@ -34,6 +34,6 @@ def masked(model: nn.Module, plan: PruningPlan) -> Iterator[nn.Module]:
 
 def kept_channels(block: Block, kept: Collection[int], device: torch.device) -> Tensor:
     """Which input channels of a block's output layer belong to units that stay, bool ``[channels]``."""
-    units = torch.zeros(block.size, dtype=torch.bool, device=device)
+    units = torch.zeros(block.size, dtype=torch.bool)
     units[list(kept)] = True
-    return units.repeat_interleave(block.channels)
+    return units.repeat_interleave(block.channels).to(device)

@@ -19,6 +19,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils import is_accelerate_available
 
 from nirvana.architectures import FAMILIES, Architecture, describe
 from nirvana.checkpoint.tensors import INDEX, SINGLE, CheckpointTensors
@@ -108,6 +109,9 @@ class ModelSource:
         else:
             options["use_safetensors"] = True
         options["dtype"] = resolve_dtype(dtype) or ("auto" if not self.gguf else torch.float32)
+        if place.type != "cpu" and not self.gguf and is_accelerate_available():
+            # Each tensor goes from its file to the device. Without accelerate transformers refuses: by way of the CPU.
+            options["device_map"] = {"": place}
         config = self.config()
         if not self.gguf and Path(self.path).is_dir():
             # Reads the headers only, and unlike transformers names the file that is damaged and the tensor that is not

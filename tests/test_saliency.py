@@ -345,7 +345,7 @@ def test_chunks_of_the_vocabulary_change_nothing(monkeypatch, name, objective, e
     """One token id at a time, 5 (which does not divide 71), all but one, all."""
     model, tokens = build(name), draw_tokens(4, 12)
     whole = score(model, tokens, objective=objective, attention_mask=RIGHT)
-    monkeypatch.setattr("nirvana.saliency.objectives.CHUNK_ELEMENTS", elements)
+    monkeypatch.setattr("nirvana.ops.head.chunk_elements", lambda device: elements)
     assert_same(score(model, tokens, objective=objective, attention_mask=RIGHT), whole, 3e-6)
 
 
@@ -363,7 +363,7 @@ class LargestTensor(TorchDispatchMode):
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_logits_of_the_whole_batch_never_exist(monkeypatch, objective):
-    monkeypatch.setattr("nirvana.saliency.objectives.CHUNK_ELEMENTS", 2**14)
+    monkeypatch.setattr("nirvana.ops.head.chunk_elements", lambda device: 2**14)
     config = copy.deepcopy(CONFIGS["llama"])
     config.vocab_size = 3000
     model, tokens = build("", config=config), draw_tokens(8, 32, vocabulary=3000)
@@ -427,6 +427,14 @@ def distance(ours, truth) -> float:
     return float(sum((ours[block].double() - scores).abs().sum() for block, scores in truth.items()) / total)
 
 
+@pytest.fixture(params=["as on a CPU", "as on a GPU"])
+def head_products(request, monkeypatch):
+    """How the head of a half-precision model is multiplied; a GPU's way is computed here by the CPU."""
+    if request.param == "as on a GPU":
+        monkeypatch.setattr("nirvana.ops.head.tensor_cores", lambda hidden, weight: True)
+
+
+@pytest.mark.usefixtures("head_products")
 @pytest.mark.parametrize("objective", OBJECTIVES)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("name", ["llama-biases", "qwen3", "t5-gated"])
@@ -442,6 +450,7 @@ def test_half_precision_gives_fp32_scores_near_the_truth(name, dtype, objective)
     assert distance(ours, truth) <= distance(eager, truth) * 1.1 + 1e-3
 
 
+@pytest.mark.usefixtures("head_products")
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_gradients_do_not_vanish_in_fp16(objective):
     """1 / (examples x vocabulary) of a real batch is a subnormal fp16 number, and what it multiplies is small."""

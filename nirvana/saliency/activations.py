@@ -13,10 +13,11 @@ from nirvana.architectures import Architecture, Block, Slice
 from nirvana.architectures.inputs import ModelInputs, model_inputs
 from nirvana.diagnosis import why_not_finite
 from nirvana.errors import NirvanaError
+from nirvana.ops.devices import tokens_per_pass
+from nirvana.ops.precision import exact
 from nirvana.patching import evaluation_mode, head_hands_on
-
-#: Tokens per pass unless the caller says how many examples; as `nirvana.saliency.masks`.
-PASS_TOKENS = 512
+from nirvana.saliency.finite import Finite
+from nirvana.saliency.places import devices_of
 
 
 class InputStatistics:
@@ -67,6 +68,8 @@ def walk_activations(
     reads_inputs: bool,
     watch: Callable[[nn.Module, Callable[[], ModelInputs]], contextlib.AbstractContextManager] | None = None,
     progress: Callable[[], None] = lambda: None,
+    *,
+    finite: Finite | None = None,
 ) -> dict[str, InputStatistics]:
     """Run the dense model once over the batch and collect statistics of the inputs of its linear layers.
 
@@ -74,11 +77,13 @@ def walk_activations(
         model: in any floating-point type; it is left as it was found.
         tokens: int64 ``[examples, tokens]``.
         attention_mask: ``[examples, tokens]`` or None; padding counts for nothing.
-        micro_batch: examples per pass; None takes about `PASS_TOKENS` tokens at a time. The same up to rounding.
+        micro_batch: examples per pass; None takes about as many tokens as the device likes (`tokens_per_pass`). The
+            same up to rounding.
         reads_inputs: also at q, k, v, gate and up, not only at o and down.
         watch: called with the model and a function that tells the inputs of the pass at hand; what it returns is
             entered for the length of the walk.
         progress: called after each pass.
+        finite: looks at what is computed; None raises at once.
 
     Returns:
         Weight name -> statistics. Weights that read the same tensor share one.
@@ -91,11 +96,15 @@ def walk_activations(
 
     def collect(found: InputStatistics, encoder: bool) -> Callable:
         def hook(module: nn.Module, arguments: tuple) -> None:
-            found.add(arguments[0][positions(inputs, encoder)])
+            found.add(real_rows(arguments[0], inputs, encoder))
 
         return hook
 
+    finite = Finite() if finite is None else finite
+    tokens = tokens.cpu()  # what is padding is asked for each layer
+    attention_mask = None if attention_mask is None else attention_mask.cpu()
     with contextlib.ExitStack() as stack:
+        stack.enter_context(exact(devices_of(model)))
         stack.enter_context(torch.no_grad())
         stack.enter_context(evaluation_mode(model))
         stack.enter_context(head_hands_on(model))  # no logits are needed
@@ -108,30 +117,34 @@ def walk_activations(
         if watch is not None:
             stack.enter_context(watch(model, lambda: inputs))
         for inputs in passes(model, tokens, attention_mask, micro_batch):
-            if not torch.isfinite(model(**inputs.arguments).logits).all():
-                raise NirvanaError(why_not_finite(model))
+            finite.check(model(**inputs.arguments).logits, lambda: why_not_finite(model))
             progress()
     if not all(found.tokens for found in statistics.values()):
         raise NirvanaError("the calibration batch holds nothing but padding; give examples with tokens")
     return statistics
 
 
-def examples_per_pass(tokens: Tensor, micro_batch: int | None) -> int:
-    return micro_batch or max(1, PASS_TOKENS // tokens.shape[1])
+def examples_per_pass(model: PreTrainedModel, tokens: Tensor, micro_batch: int | None) -> int:
+    return micro_batch or max(1, tokens_per_pass(model.device) // tokens.shape[1])
 
 
 def passes(
     model: PreTrainedModel, tokens: Tensor, attention_mask: Tensor | None, micro_batch: int | None
 ) -> Iterator[ModelInputs]:
-    step = examples_per_pass(tokens, micro_batch)
+    step = examples_per_pass(model, tokens, micro_batch)
     for start in range(0, len(tokens), step):
         mask = None if attention_mask is None else attention_mask[start : start + step]
         yield model_inputs(model, tokens[start : start + step], mask)
 
 
-def positions(inputs: ModelInputs, encoder: bool) -> Tensor:
-    """Bool ``[examples, positions]``: what is not padding, in the encoder or (also of a decoder alone) the decoder."""
-    return inputs.arguments["attention_mask"].bool() if encoder else inputs.valid
+def real_rows(x: Tensor, inputs: ModelInputs, encoder: bool) -> Tensor:
+    """``[examples, positions, channels]`` -> ``[tokens, channels]``: what is not padding, in the encoder or (also of a
+    decoder alone) the decoder."""
+    real = inputs.real(encoder)
+    if real is None:
+        return x.flatten(0, 1)
+    rows = torch.cat([example * x.shape[1] + own for example, own in enumerate(real)])
+    return x.flatten(0, 1)[rows.to(x.device)]
 
 
 def in_encoder(model: PreTrainedModel, module: nn.Module) -> bool:

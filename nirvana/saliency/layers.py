@@ -13,7 +13,8 @@ from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from nirvana.architectures.inputs import ModelInputs
-from nirvana.saliency.activations import in_encoder, positions
+from nirvana.saliency.activations import in_encoder, real_rows
+from nirvana.saliency.places import on_host
 
 
 def angle(cosine: Tensor) -> Tensor:
@@ -46,7 +47,7 @@ class LayerAngles:
 
     def mean(self) -> dict[str, float]:
         """Layer name -> mean over tokens, in the order in which the model runs its layers."""
-        return {name: float(total) / self._tokens[name] for name, total in self._sums.items()}
+        return {name: float(total) / self._tokens[name] for name, total in on_host(self._sums).items()}
 
     def _collect(
         self,
@@ -60,8 +61,8 @@ class LayerAngles:
     ) -> None:
         before = arguments[0] if arguments else keywords["hidden_states"]
         after = result[0] if isinstance(result, tuple) else result
-        real = positions(inputs(), encoder)
-        cosine = F.cosine_similarity(before[real].double(), after[real].double(), dim=-1).clamp(-1, 1)
+        before, after = (real_rows(x, inputs(), encoder).double() for x in (before, after.to(before.device)))
+        cosine = F.cosine_similarity(before, after, dim=-1).clamp(-1, 1)
         self._sums[name] = self._sums.get(name, 0) + self._measure(cosine).sum()
         self._tokens[name] = self._tokens.get(name, 0) + len(cosine)
 

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from nirvana.architectures import Architecture
 from nirvana.diagnosis import faulty_parameter
-from nirvana.errors import NirvanaError
 from nirvana.saliency.activations import examples_per_pass, matrices, walk_activations
+from nirvana.saliency.finite import Finite, explained
 from nirvana.saliency.kinds import ActivationCriterion, Part
 from nirvana.saliency.layers import LayerAngles
+from nirvana.saliency.places import on_host
 from nirvana.saliency.steps import rescaled
 
 
@@ -37,8 +38,22 @@ def score_activations(
     Raises:
         NirvanaError: something is not finite; the message names the parameter.
     """
+    asked = (model, architecture, rule, tokens, attention_mask, micro_batch)
+    return explained(model, functools.partial(_score, *asked), progress)
+
+
+def _score(
+    model: PreTrainedModel,
+    architecture: Architecture,
+    rule: ActivationCriterion,
+    tokens: Tensor,
+    attention_mask: Tensor | None,
+    micro_batch: int | None,
+    finite: Finite,
+    progress: Callable[[], None],
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
     scored = sum(part.scored for block in architecture.blocks for part in block.slices)
-    passes = math.ceil(len(tokens) / examples_per_pass(tokens, micro_batch))
+    passes = math.ceil(len(tokens) / examples_per_pass(model, tokens, micro_batch))
     angles = LayerAngles() if rule.measures_layers else None
     statistics = walk_activations(
         model,
@@ -49,14 +64,14 @@ def score_activations(
         rule.reads_inputs,
         angles and angles.watch,
         rescaled(progress, passes, scored),
+        finite=finite,
     )
     scores = {}
     for block in architecture.blocks:
         weights = [(part, model.get_parameter(part.tensor).detach()) for part in matrices(block)]
         parts = [Part(part, weight, statistics.get(part.tensor)) for part, weight in weights]
         scores[block.name] = rule.score(block, parts)
-        if not torch.isfinite(scores[block.name]).all():
-            fault = f"the scores of {block.name} overflow in {model.dtype}; use --dtype float32"
-            raise NirvanaError(faulty_parameter(model) or fault)
-    finished = {name: values.float().cpu() for name, values in rule.finish(scores).items()}
+        fault = f"the scores of {block.name} overflow in {model.dtype}; use --dtype float32"
+        finite.check(scores[block.name], lambda fault=fault: faulty_parameter(model) or fault)
+    finished = on_host({name: values.float() for name, values in rule.finish(on_host(scores)).items()})
     return finished, {} if angles is None else {"layer_importance": angles.mean()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,12 +11,13 @@ from transformers import PreTrainedModel
 
 from nirvana.architectures import Slice, describe
 from nirvana.diagnosis import why_not_finite
-from nirvana.errors import NirvanaError
 from nirvana.masking import masked
 from nirvana.ops import group_saliency
 from nirvana.plan import PruningPlan
+from nirvana.saliency.finite import Finite, explained
 from nirvana.saliency.objectives import OBJECTIVES
 from nirvana.saliency.passes import check_request
+from nirvana.saliency.places import empty_scores, on_host
 from nirvana.saliency.walk import walk
 
 
@@ -63,20 +65,23 @@ def ntk_report(
     plan.check_fits(architecture)
     check_request(model, objective, tokens, micro_batch)
 
-    def theta() -> tuple[float, dict[str, Tensor]]:
-        sums = {block.name: torch.zeros(block.size, device=model.device) for block in architecture.blocks}
+    def theta(finite: Finite, progress: Callable[[], None]) -> tuple[float, dict[str, Tensor]]:
+        sums = empty_scores(model, architecture)
 
         def reduce(block: str, part: Slice, weight: Tensor, gradient: Tensor) -> None:
-            group_saliency(weight, gradient, axis=part.axis, group=part.unit, statistics="ntk", out=sums[block])
+            out = sums[block]
+            weight, gradient = weight.to(out.device), gradient.to(out.device)
+            group_saliency(weight, gradient, axis=part.axis, group=part.unit, statistics="ntk", out=out)
 
-        value = walk(model, architecture, OBJECTIVES[objective], tokens, attention_mask, micro_batch, reduce)
-        if not all(torch.isfinite(values).all() for values in sums.values()):
-            raise NirvanaError(why_not_finite(model))
-        return value, {name: values.cpu().double() for name, values in sums.items()}
+        asked = (OBJECTIVES[objective], tokens, attention_mask, micro_batch, reduce, progress)
+        value = walk(model, architecture, *asked, finite=finite)
+        for values in sums.values():
+            finite.check(values, lambda: why_not_finite(model))
+        return float(value), {name: values.double() for name, values in on_host(sums).items()}
 
-    value, dense = theta()
+    value, dense = explained(model, theta)
     with masked(model, plan):
-        pruned_value, pruned = theta()
+        pruned_value, pruned = explained(model, theta)
     figures = []
     for name, units in plan.kept.items():
         kept = torch.tensor(units)

@@ -8,15 +8,14 @@ from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
-from transformers.modeling_layers import GradientCheckpointingLayer
 
-from nirvana.architectures.inputs import IGNORE, ModelInputs, model_inputs
+from nirvana.architectures.inputs import IGNORE, ModelInputs, mask_of, model_inputs, predicted
 from nirvana.calibration.batch import check_tokens
 from nirvana.diagnosis import faulty_parameter, why_not_finite
 from nirvana.errors import NirvanaError
-from nirvana.patching import evaluation_mode, forward_replaced, head_hands_on
+from nirvana.patching import evaluation_mode, head_hands_on
+from nirvana.saliency.finite import Finite
 from nirvana.saliency.objectives import OBJECTIVES, Head, Objective, Totals
 
 
@@ -40,14 +39,16 @@ def backward_passes(
     tokens: Tensor,
     attention_mask: Tensor | None,
     micro_batch: int | None,
+    finite: Finite,
     before_pass: Callable[[ModelInputs], None] = lambda inputs: None,
-) -> Iterator[Callable[[], float]]:
-    """One call for each micro-batch: a forward and a backward pass, which returns its share of the objective.
+) -> Iterator[Callable[[], Tensor]]:
+    """One call for each micro-batch: a forward and a backward pass, which returns its share of the objective (fp64).
 
     Args:
         tokens: int64 ``[examples, tokens]``.
         attention_mask: ``[examples, tokens]`` or None.
         micro_batch: examples per pass; None takes all at once.
+        finite: looks at hidden states and at their gradient.
         before_pass: called with the inputs of each pass before it.
 
     Raises:
@@ -59,36 +60,38 @@ def backward_passes(
         mask = None if attention_mask is None else attention_mask[start : start + step]
         inputs = model_inputs(model, tokens[start : start + step], mask)
         before_pass(inputs)
-        yield functools.partial(_backward, model, objective, inputs, totals)
+        yield functools.partial(_backward, model, objective, inputs, totals, finite)
 
 
-def _backward(model: PreTrainedModel, objective: Objective, inputs: ModelInputs, totals: Totals) -> float:
-    """One forward and backward pass. The vocabulary head runs inside the objective, in chunks."""
+def _backward(
+    model: PreTrainedModel, objective: Objective, inputs: ModelInputs, totals: Totals, finite: Finite
+) -> Tensor:
+    """One forward and backward pass. The head runs inside the objective, in chunks, on the device of its weights."""
     head = model.get_output_embeddings()
     with head_hands_on(model), torch.enable_grad():
         hidden = model(**inputs.arguments).logits
-    if not torch.isfinite(hidden).all():
-        raise NirvanaError(why_not_finite(model))
+    finite.check(hidden, lambda: why_not_finite(model))
+    place = head.weight.device
     with torch.no_grad():
         value, gradient = objective(
             Head(head.weight.detach(), None if getattr(head, "bias", None) is None else head.bias.detach()),
-            hidden.detach().float(),
-            inputs.targets,
-            inputs.valid,
+            hidden.detach().to(place),
+            inputs.targets.to(place),
+            inputs.valid.to(place),
             totals,
         )
-    if not torch.isfinite(gradient).all() and (fault := faulty_parameter(model)):
-        raise NirvanaError(fault)  # else the first gradient that is not finite is named
-    hidden.backward(gradient.to(hidden.dtype))
-    return float(value)
+    # Where no parameter is at fault, the first gradient that is not finite is named.
+    finite.check(gradient, lambda: faulty_parameter(model))
+    hidden.backward(gradient.to(hidden.device, hidden.dtype))
+    return value.double()
 
 
 def _totals(model: PreTrainedModel, tokens: Tensor, attention_mask: Tensor | None) -> Totals:
-    inputs = model_inputs(model, tokens, attention_mask)
-    targets = int((inputs.targets != IGNORE).sum())
-    if targets == 0 or not bool(inputs.valid.any(dim=1).all()):
+    targets, valid = predicted(model.config, tokens, mask_of(tokens, attention_mask))
+    count = int((targets != IGNORE).sum())
+    if count == 0 or not bool(valid.any(dim=1).all()):
         raise NirvanaError("an example of the calibration batch holds no token to predict; give longer examples")
-    return Totals(len(tokens), targets)
+    return Totals(len(tokens), count, padded=attention_mask is not None)
 
 
 @contextlib.contextmanager
@@ -109,17 +112,3 @@ def only_these_learn(model: nn.Module, parameters: dict[str, nn.Parameter]) -> I
             parameter.requires_grad_(flag)
         for parameter, gradient in gradients.items():
             parameter.grad = gradient
-
-
-@contextlib.contextmanager
-def layers_checkpointed(model: nn.Module) -> Iterator[None]:
-    """Each layer keeps its input only and is run again when its gradients are due.
-
-    transformers' own switch works in training mode alone, where dropout would be on.
-    """
-    with contextlib.ExitStack() as stack:
-        for module in model.modules():
-            if isinstance(module, GradientCheckpointingLayer):
-                rerun = functools.partial(functools.partial, checkpoint, use_reentrant=False)
-                stack.enter_context(forward_replaced(module, rerun))
-        yield

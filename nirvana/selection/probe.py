@@ -128,7 +128,8 @@ def _last_hidden(model: PreTrainedModel, tokens: Tensor) -> tuple[Tensor, Tensor
     with head_hands_on(model), evaluation_mode(model), torch.no_grad():
         hidden = model(**inputs.arguments).logits
     known = inputs.targets != IGNORE
-    hidden = hidden[known]
+    # The head may be on another device than what the model hands on.
+    hidden = hidden[known].to(model.get_output_embeddings().weight.device)
     if not torch.isfinite(hidden).all():
         raise NirvanaError(why_not_finite(model))
     return hidden, inputs.targets[known]

@@ -8,7 +8,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from nirvana.architectures import Architecture, Slice
+from nirvana.saliency.activations import matrices
 from nirvana.saliency.afr.refer import walk_features
+from nirvana.saliency.finite import Finite
 from nirvana.saliency.objectives import Objective
 from nirvana.saliency.steps import rescaled
 from nirvana.saliency.walk import walk
@@ -26,6 +28,9 @@ def walk_pairs(
     micro_batch: int | None,
     reduce: ReducePair,
     progress: Callable[[], None] = lambda: None,
+    *,
+    finite: Finite | None = None,
+    gradient_checkpointing: bool | None = None,
 ) -> None:
     """Hand each matrix with both gradients to `reduce`, once, over the whole batch; biases are left out.
 
@@ -40,13 +45,14 @@ def walk_pairs(
         objective: L.
         reduce: called with (block name, slice, weight, dF/dw, dL/dw).
         progress: called as often as the model has tensors that are scored.
-        model, architecture, tokens, attention_mask, micro_batch: see `walk`.
+        model, architecture, tokens, attention_mask, micro_batch, finite, gradient_checkpointing: see `walk`.
 
     Raises:
         NirvanaError: something is not finite; the message names the parameter.
     """
     waiting: dict[str, Tensor] = {}
     half = rescaled(progress, 2, 1)
+    options = {"finite": finite, "gradient_checkpointing": gradient_checkpointing}
 
     def keep(block: str, part: Slice, weight: Tensor, gradient: Tensor) -> None:
         if part.width:
@@ -56,5 +62,6 @@ def walk_pairs(
         if part.width:
             reduce(block, part, weight, waiting.pop(part.tensor), gradient)
 
-    walk_features(model, architecture, tokens, attention_mask, micro_batch, keep, half)
-    walk(model, architecture, objective, tokens, attention_mask, micro_batch, pair, half)
+    kept = sum(model.get_parameter(part.tensor).nbytes for block in architecture.blocks for part in matrices(block))
+    walk_features(model, architecture, tokens, attention_mask, micro_batch, keep, half, reserve=kept, **options)
+    walk(model, architecture, objective, tokens, attention_mask, micro_batch, pair, half, **options)

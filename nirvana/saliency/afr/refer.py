@@ -18,6 +18,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +27,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from nirvana.architectures import Architecture
 from nirvana.architectures.inputs import ModelInputs
-from nirvana.saliency.activations import in_encoder, positions
+from nirvana.saliency.activations import in_encoder
 from nirvana.saliency.afr.polar import polar_factor
 from nirvana.saliency.objectives import Head, Totals
 from nirvana.saliency.walk import Reduce, walk
@@ -40,20 +41,24 @@ def walk_features(
     micro_batch: int | None,
     reduce: Reduce,
     progress: Callable[[], None] = lambda: None,
+    **options: Any,
 ) -> None:
     """Hand each weight with its gradient of F to `reduce`, once, over the whole batch; arguments as of `walk`.
 
     An encoder-decoder has the layers of both stacks; padding belongs to no matrix.
     """
     passes: list[ModelInputs] = []
+    tokens = tokens.cpu()  # what is padding is asked for each layer
+    attention_mask = None if attention_mask is None else attention_mask.cpu()
 
+    asked = (tokens, attention_mask, micro_batch, reduce, progress, passes.append)
     with _cotangents_added(model, len(tokens), lambda: passes[-1]):
-        walk(model, architecture, _no_objective, tokens, attention_mask, micro_batch, reduce, progress, passes.append)
+        walk(model, architecture, _no_objective, *asked, **options)
 
 
 def _no_objective(head: Head, hidden: Tensor, targets: Tensor, valid: Tensor, totals: Totals) -> tuple[Tensor, Tensor]:
     """What lies behind the last layer is no feature: the backward pass brings zeros from there."""
-    return hidden.new_zeros(()), torch.zeros_like(hidden)
+    return torch.zeros((), device=hidden.device), torch.zeros_like(hidden)
 
 
 @contextlib.contextmanager
@@ -63,7 +68,7 @@ def _cotangents_added(model: PreTrainedModel, examples: int, inputs: Callable[[]
     def hook(encoder: bool, module: nn.Module, arguments: tuple, result: Tensor | tuple) -> Tensor | tuple:
         # The layer's own output: transformers' last hidden state lies behind the final norm.
         features, *more = result if isinstance(result, tuple) else (result,)
-        cotangent = functools.partial(_cotangent, real=positions(inputs(), encoder), examples=examples)
+        cotangent = functools.partial(_cotangent, real=inputs().real(encoder), examples=examples)
         features = _Feature.apply(features, cotangent)
         return (features, *more) if isinstance(result, tuple) else features
 
@@ -75,13 +80,14 @@ def _cotangents_added(model: PreTrainedModel, examples: int, inputs: Callable[[]
         yield
 
 
-def _cotangent(features: Tensor, real: Tensor, examples: int) -> Tensor:
+def _cotangent(features: Tensor, real: list[Tensor] | None, examples: int) -> Tensor:
     """Gradient of a layer's share of F by ``[examples, tokens, hidden]``, in its type; 0 at padding."""
     gradient = torch.zeros_like(features)
-    for out, x, known in zip(gradient, features, real, strict=True):
-        x = x[known]
+    for index, (out, x) in enumerate(zip(gradient, features, strict=True)):
+        rows = slice(None) if real is None else real[index].to(x.device)
+        x = x[rows]
         if len(x):
-            out[known] = (polar_factor(x) / (min(x.shape) * examples)).to(out.dtype)
+            out[rows] = (polar_factor(x) / (min(x.shape) * examples)).to(out.dtype)
     return gradient
 
 

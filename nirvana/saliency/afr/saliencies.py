@@ -25,20 +25,21 @@ def score_forms(
     objective: str = "nll",
     attention_mask: Tensor | None = None,
     micro_batch: int | None = None,
+    gradient_checkpointing: bool | None = None,
     progress: Callable[[], None] = lambda: None,
 ) -> dict[str, Saliency]:
     """Name of the criterion -> what `nirvana.score` gives for it, bit for bit, at the cost of one.
 
     Args:
         rules: names and rules, as registered.
-        model, tokens, objective, attention_mask, micro_batch, progress: see `nirvana.score`.
+        model, tokens, objective, attention_mask, micro_batch, gradient_checkpointing, progress: see `nirvana.score`.
 
     Raises:
         NirvanaError: as `nirvana.score`.
     """
     check_request(model, objective, tokens, micro_batch)
     shape, digest = list(tokens.shape), tokens_sha256(tokens)
-    asked = (OBJECTIVES[objective], tokens, attention_mask, micro_batch, progress)
+    asked = (OBJECTIVES[objective], tokens, attention_mask, micro_batch, progress, gradient_checkpointing)
     scores = score_pairs(model, describe(model), rules, *asked)
     batch = {"objective": objective, "calibration_shape": shape, "calibration_sha256": digest}
     return {name: Saliency(found, {"criterion": name, **batch}) for name, found in scores.items()}

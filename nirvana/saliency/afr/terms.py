@@ -8,7 +8,7 @@ from transformers import PreTrainedModel
 
 from nirvana.architectures import Slice
 from nirvana.diagnosis import faulty_parameter
-from nirvana.errors import NirvanaError
+from nirvana.saliency.finite import Finite
 
 
 def added_terms(weight: Tensor, features: Tensor, loss: Tensor, signed: bool) -> Tensor:
@@ -38,13 +38,12 @@ def added_terms(weight: Tensor, features: Tensor, loss: Tensor, signed: bool) ->
 
 
 def finite_terms(
-    model: PreTrainedModel, part: Slice, weight: Tensor, features: Tensor, loss: Tensor, signed: bool
+    model: PreTrainedModel, finite: Finite, part: Slice, weight: Tensor, features: Tensor, loss: Tensor, signed: bool
 ) -> Tensor:
-    """`added_terms`; raises NirvanaError, which names the parameter, where they are not finite."""
+    """`added_terms`; raises NirvanaError, which names the parameter, where they are not finite, when `finite` does."""
     terms = added_terms(weight, features, loss, signed)
-    if not torch.isfinite(terms).all():
-        fault = f"the gradient of {part.tensor} holds NaN or infinity in {model.dtype}; use --dtype float32"
-        raise NirvanaError(faulty_parameter(model) or fault)
+    fault = f"the gradient of {part.tensor} holds NaN or infinity in {model.dtype}; use --dtype float32"
+    finite.check(terms, lambda: faulty_parameter(model) or fault)
     return terms
 
 
@@ -53,5 +52,5 @@ def _standardised(products: Tensor, signed: bool) -> Tensor:
     if not signed:
         products.abs_()
     spread, mean = torch.std_mean(products, correction=0)
-    # Also of a tensor of equal values the mean may be off by a rounding.
-    return products.sub_(mean).div_(spread) if spread != 0 else products.zero_()
+    # Also of a tensor of equal values the mean may be off by a rounding: over infinity it is 0.
+    return products.sub_(mean).div_(spread.masked_fill(spread == 0, torch.inf))

@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 from nirvana.architectures import Architecture, Slice
 from nirvana.saliency.afr.gradients import walk_pairs
 from nirvana.saliency.afr.terms import finite_terms
+from nirvana.saliency.finite import Finite, explained
 from nirvana.saliency.objectives import OBJECTIVES
 from nirvana.saliency.passes import check_request
 
@@ -43,7 +44,17 @@ def weight_scores(
     """
     check_request(model, objective, tokens, micro_batch)
 
-    def found(block: str, part: Slice, weight: Tensor, features: Tensor, loss: Tensor) -> None:
-        reduce(part.tensor, part, finite_terms(model, part, weight, features, loss, signed=False))
+    handed: set[str] = set()
 
-    walk_pairs(model, architecture, OBJECTIVES[objective], tokens, attention_mask, micro_batch, found, progress)
+    def walked(finite: Finite, progress: Callable[[], None]) -> None:
+        def found(block: str, part: Slice, weight: Tensor, features: Tensor, loss: Tensor) -> None:
+            terms = finite_terms(model, finite, part, weight, features, loss, signed=False)
+            # A second walk only searches for what was not finite in the first.
+            if part.tensor not in handed:
+                handed.add(part.tensor)
+                reduce(part.tensor, part, terms)
+
+        asked = (OBJECTIVES[objective], tokens, attention_mask, micro_batch, found, progress)
+        walk_pairs(model, architecture, *asked, finite=finite)
+
+    explained(model, walked, progress)

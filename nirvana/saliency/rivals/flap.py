@@ -38,7 +38,7 @@ def _standardised(values: Tensor) -> Tensor:
     centred = values - values.mean()
     deviation = (centred.square().sum() / max(len(values) - 1, 1)).sqrt()
     # All equal (one channel, say): none stands out.
-    return centred / deviation if deviation > 0 else centred
+    return centred / deviation.masked_fill(deviation == 0, 1)
 
 
 def _shifted(scores: Mapping[str, Tensor]) -> dict[str, Tensor]:
