@@ -99,7 +99,13 @@ def run(
         timed, agreements = _measure(scores.to(settings.device), settings.device, reference, sample)
         times += [{"scores": name} | record for record in timed]
         pairs += [{"scores": name} | record for record in agreements]
-    return harness.document("mixture", settings, [], mixture_bounds=times, agreement=pairs)
+    result = harness.document("mixture", settings, [], mixture_bounds=times, agreement=pairs)
+    return result | {"headlines": [_headline(record) for record in times if record["way"].startswith("nirvana")]}
+
+
+def _headline(record: dict[str, Any]) -> str:
+    rows, length = record["rows"], record["length"]
+    return f"{record['way']}, {rows} rows of {length}: {record['seconds']:.3g} s, x{record['times_first']:.1f}"
 
 
 def _measure(
