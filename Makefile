@@ -8,7 +8,7 @@
 # make gpu          both
 # All but `gpu...` set up .venv themselves and need no GPU; `gpu...` take the machine's own python3 with torch, Triton and
 # nvcc, install nothing, and write to the folder that the environment variable OUT names, else to benchmarks/results.
-# DEVICE=cpu or QUICK=1 rehearses them with small shapes.
+# DEVICE=cpu or QUICK=1 rehearses them with small shapes; STRETCH=3 takes three times as long at most (few cores).
 
 PYTHON ?= python3
 VENV   := .venv
@@ -47,7 +47,7 @@ sanitize: $(VENV)/.test
 	csrc/sanitize.sh $(BIN)/python address,undefined
 	csrc/sanitize.sh $(BIN)/python thread
 
-GPU = $(PYTHON) -m nirvana.benchmarks.gpu --device $(DEVICE) --out "$${OUT:-benchmarks/results}" $(if $(QUICK),--quick)
+GPU = $(PYTHON) -m nirvana.benchmarks.gpu --device $(DEVICE) --out "$${OUT:-benchmarks/results}" $(if $(QUICK),--quick) $(if $(STRETCH),--stretch $(STRETCH))
 gpu:
 	$(GPU) check measure
 

@@ -71,8 +71,9 @@ class UnusableError(Exception):
     """There is no such device, so that nothing can run."""
 
 
-def steps(call: str, device: str, rounds: int, quick: bool) -> list[list[Step]]:
-    groups = []
+def steps(call: str, device: str, rounds: int, quick: bool, stretch: float = 1) -> list[list[Step]]:
+    """The groups of a call, their limits times `stretch`."""
+    groups: list[list[Step]] = []
     for group in CALLS[call][1]:
         groups.append([])
         for name, seconds in group.items():
@@ -80,7 +81,7 @@ def steps(call: str, device: str, rounds: int, quick: bool) -> list[list[Step]]:
             task = {"stage": stage, "device": device, "quick": quick or name != stage}
             task["rounds"] = 2 if task["quick"] else rounds
             command = [sys.executable, "-u", "-m", "nirvana.benchmarks.stages"]
-            groups[-1].append(Step(name, seconds, command, task))
+            groups[-1].append(Step(name, seconds * stretch, command, task))
     return groups
 
 
@@ -116,6 +117,7 @@ def main() -> int:
     parser.add_argument(
         "--quick", action="store_true", help="small shapes, to see that everything runs; always on a CPU"
     )
+    parser.add_argument("--stretch", type=float, default=1, metavar="X", help="all limits times X, where cores are few")
     args = parser.parse_args()
     begun = time.monotonic()
     out = Path(args.out)
@@ -124,12 +126,14 @@ def main() -> int:
     try:
         if args.rounds < 2:
             raise NirvanaError(f"--rounds {args.rounds} must be at least 2")
+        if not 0 < args.stretch < 100:
+            raise NirvanaError(f"--stretch {args.stretch} must be above 0 and below 100")
         if out.exists() and not out.is_dir():
             raise NirvanaError(f"--out {out} is not a folder")
         quick = args.quick or _kind(args.device) == "cpu"
         for call in args.calls:
-            groups = steps(call, args.device, args.rounds, quick)
-            summaries.append(run(call, groups, CALLS[call][0] - RESERVE, out, workers))
+            groups = steps(call, args.device, args.rounds, quick, args.stretch)
+            summaries.append(run(call, groups, CALLS[call][0] * args.stretch - RESERVE, out, workers))
     except (NirvanaError, UnusableError) as error:
         print(f"gpu: {error}", file=sys.stderr)
         return 2

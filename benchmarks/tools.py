@@ -39,7 +39,7 @@ def build(settings: Settings) -> Iterator[dict[str, Any]]:
     wishes = {"NIRVANA_CUDA": "auto", "NIRVANA_CUDA_ARCHS": arch}
     code, output = call([sys.executable, "setup.py", "-q", "build_ext", "--inplace"], settings, **wishes)
     failed = [line for line in output.splitlines() if " was not built" in line]
-    if code or failed:
+    if code != 0 or failed:
         raise RuntimeError(failed[0] if failed else f"setup.py: {ending(code)}")
     without = None if shutil.which("nvcc") else "without the CUDA module: nvcc is not on PATH"
     modules = [{"module": file.name, "bytes": file.stat().st_size} for file in built_modules()]
@@ -64,7 +64,7 @@ def warm_up(settings: Settings) -> Iterator[dict[str, Any]]:
         runs = list(pool.map(lambda i: call([*command, "--part", f"{i}/{parts}"], settings, False), range(parts)))
     failures = []
     for code, output in runs:
-        if code:
+        if code != 0:
             print(output)
             failures.append(f"{ending(code)}: {output.strip().splitlines()[-1] if output.strip() else 'nothing said'}")
     line = f"{parts} processes, {time.monotonic() - start:.0f} s"
@@ -134,7 +134,7 @@ def call(command: list[str], settings: Settings, show: bool = True, **environmen
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
-            env={**os.environ, **environment},
+            env={**os.environ, "PYTHONUNBUFFERED": "1", **environment},
             timeout=left,
         )
         code, output = run.returncode, run.stdout

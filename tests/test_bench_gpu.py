@@ -260,6 +260,7 @@ def test_every_stage_has_its_place():
         (["check", "--device", "cuda:77"], "'cuda:77'"),
         (["check", "--device", "tpu"], "'tpu'"),
         (["check", "--rounds", "1"], "--rounds 1"),
+        (["check", "--stretch", "0"], "--stretch 0"),
         (["check", "--out", __file__], "is not a folder"),
     ],
 )
@@ -283,6 +284,8 @@ def test_a_module_that_is_not_built_is_a_failure_and_a_missing_nvcc_a_note(monke
     line = "nirvana: nirvana._cuda was not built, the install goes on without it: the compiler failed"
     monkeypatch.setattr(tools, "call", lambda command, settings, **wishes: (0, line))
     assert ran_here("build", tmp_path).outcome == f"failed: RuntimeError: {line}"
+    monkeypatch.setattr(tools, "call", lambda command, settings, **wishes: (None, ""))
+    assert ran_here("build", tmp_path).outcome == "failed: RuntimeError: setup.py: not finished in its time"
 
 
 def test_what_ncu_prints_becomes_records():
