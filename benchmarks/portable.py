@@ -34,8 +34,8 @@ from nirvana.parameters import auto_class
 
 FORMAT, VERSION = "nirvana-portable", 1
 INDEX, TOKENS = "index.json", "tokens.npy"
-#: Bytes of a piece at most: a machine that takes 64 MiB at a time takes the repository (4.4 MB) beside it. The demo model
-#: (120.3 MB) just fits two.
+#: Bytes of a piece at most: a machine that takes 64 MiB at a time takes the repository (4.4 MB) beside it. The demo
+#: model (120.3 MB) just fits two.
 PIECE = 58 * 2**20
 EXAMPLES, SEQ_LEN = 32, 128
 #: The largest int8 level; -128 is not used.

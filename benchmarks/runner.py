@@ -27,6 +27,9 @@ from typing import Any
 LOG = 20_000
 #: Seconds that a killed process gets to vanish. One that waits for a broken driver may never do.
 VANISHING = 5
+#: A stage may take as many times its limit where earlier ones have left it: one that hangs is not to use all of that
+#: up. The last ones may.
+MOST = 2
 #: Seconds between two looks at the processes.
 POLL = 0.05
 #: Seconds of a stage's limit after which it is to start nothing new.
@@ -39,7 +42,8 @@ class Step:
 
     Attributes:
         name: in the results.
-        seconds: its limit, which adds up with those of the others. What earlier ones leave of theirs is added.
+        seconds: its limit, which adds up with those of the others. What earlier ones leave of theirs is added, as far
+            as `MOST` allows.
         command: of its process.
         task: what its process is told besides the file and the limit.
     """
@@ -101,20 +105,21 @@ def run(
         for place in range(len(groups)):
             prepare(place + 1)
             later = sum(max(step.seconds for step in others) for others in groups[place + 1 :])
-            for result in _side_by_side(ready.pop(place), deadline - later, workers):
+            most = MOST if place < len(groups) - 1 else math.inf
+            for result in _side_by_side(ready.pop(place), deadline - later, workers, most):
                 results.append(result)
                 report(result)
     return results
 
 
-def _side_by_side(waiting: list[_Process], end: float, workers: int) -> Iterator[Result]:
+def _side_by_side(waiting: list[_Process], end: float, workers: int, most: float) -> Iterator[Result]:
     running: list[_Process] = []
     while waiting or running:
         while waiting and len(running) < workers:
             # Where they cannot all run at once, each gets its share of the time.
             share = (end - time.monotonic()) / math.ceil(len(waiting) / workers)
             running.append(waiting.pop(0))
-            running[-1].start(share)
+            running[-1].start(min(share, most * running[-1].step.seconds))
         for process in [process for process in running if process.over]:
             running.remove(process)
             yield process.result()
@@ -125,7 +130,7 @@ class _Process:
     """The process of one step, at first waiting for its turn. As a context manager it has ended afterwards."""
 
     def __init__(self, step: Step, folder: Path):
-        self._step = step
+        self.step = step
         stem = step.name.replace(" ", "-")
         self._file, self._log = folder / f"{stem}.json", folder / f"{stem}.log"
         with open(self._log, "wb") as log:
@@ -147,7 +152,7 @@ class _Process:
         if seconds <= RESERVE:
             return
         # The clock is the system's, and the same in all processes.
-        task = {**self._step.task, "file": str(self._file), "until": self._started + seconds - RESERVE}
+        task = {**self.step.task, "file": str(self._file), "until": self._started + seconds - RESERVE}
         # A process that has ended before its turn is found by `over`.
         with contextlib.suppress(BrokenPipeError):
             self._process.stdin.write(json.dumps(task).encode() + b"\n")
@@ -160,7 +165,7 @@ class _Process:
 
     def result(self) -> Result:
         if self._seconds <= RESERVE:
-            return Result(self._step.name, "failed: no time left", 0.0, None, "")
+            return Result(self.step.name, "failed: no time left", 0.0, None, "")
         code = self._process.poll()
         self._kill()
         seconds = time.monotonic() - self._started
@@ -177,7 +182,7 @@ class _Process:
             outcome += f"; {ending}, after its end"
         elif code:
             outcome = f"failed: {ending}, after it had {outcome}"
-        return Result(self._step.name, outcome, seconds, said["document"], self._log.read_text(errors="replace")[-LOG:])
+        return Result(self.step.name, outcome, seconds, said["document"], self._log.read_text(errors="replace")[-LOG:])
 
     def _kill(self) -> None:
         """End it and all that it has started."""

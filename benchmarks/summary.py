@@ -104,7 +104,8 @@ def _job_line(job: dict[str, Any]) -> str:
         for name, mine in job["ways"].items()
         if name.startswith("nirvana") and not name.startswith("nirvana, torch") and not name.endswith("alone")
     ]
-    return f"{job['job'].removeprefix('group_saliency ')}: {'; '.join(ways) or 'no kernel here'}"
+    title = job["job"].removeprefix("group_saliency ").removeprefix("gather_slice ")
+    return f"{title}: {'; '.join(ways) or 'no kernel here'}"
 
 
 def _way_text(mine: dict[str, Any]) -> str:

@@ -175,6 +175,10 @@ def test_what_a_stage_leaves_of_its_time_goes_to_the_later_ones(monkeypatch):
     found = run_steps([step("first", tell, 5)], [step("second", tell, 5)], [step("third", tell, 10)], seconds=20)
     seconds = [found[name].document["seconds"] for name in ("first", "second", "third")]
     assert seconds[0] <= 5 < seconds[1] <= 10 < seconds[2] <= 20
+    hung = run_steps([step("hung", "time.sleep(600)", 1)], [step("next", tell, 1)], [step("last", tell, 1)], seconds=9)
+    assert hung["hung"].outcome == "failed: killed after 2 s without a result"
+    assert hung["next"].document["seconds"] <= 2
+    assert 5 < hung["last"].document["seconds"] < 7
     late = run_steps([step("first", tell, 5)], [step("second", tell, 5)], seconds=5)
     assert late["first"].outcome == "failed: no time left"
     assert late["second"].outcome == "passed"
