@@ -80,7 +80,7 @@ def steps(call: str, device: str, rounds: int, quick: bool, stretch: float = 1) 
             stage = name.removeprefix("quick ")
             task = {"stage": stage, "device": device, "quick": quick or name != stage}
             task["rounds"] = 2 if task["quick"] else rounds
-            command = [sys.executable, "-u", "-m", "nirvana.benchmarks.stages"]
+            command = [sys.executable, "-u", "-X", "faulthandler", "-m", "nirvana.benchmarks.stages"]
             groups[-1].append(Step(name, seconds * stretch, command, task))
     return groups
 

@@ -47,6 +47,7 @@ class Settings:
         quick: small shapes, to see that everything runs; the figures mean nothing.
         seconds: start no further job after this long; None is no limit.
         compile: whether torch.compile is timed as well; it takes seconds a shape.
+        strict: whether a wrong way stops its job; else it is named under ``failed``, and the others are timed.
     """
 
     device: str = "cpu"
@@ -55,6 +56,7 @@ class Settings:
     seconds: float | None = None
     started: float = field(default_factory=time.monotonic)
     compile: bool = True
+    strict: bool = True
 
     @property
     def late(self) -> bool:
@@ -112,7 +114,8 @@ def measure(job: Job, settings: Settings) -> dict[str, Any]:
     Raises:
         WrongResultError: a way is wrong; nothing has been timed.
     """
-    skipped = {}
+    skipped: dict[str, str] = {}
+    failed: dict[str, str] = {}
     ready: list[Way] = []
     for way in job.ways:
         if way.name == job.compiled and not settings.compile:
@@ -120,12 +123,13 @@ def measure(job: Job, settings: Settings) -> dict[str, Any]:
         try:
             with forced(way.backend):
                 result = way.call(*job.copies[0])
+            job.check(way, result, job.copies[0])
         except Exception as error:
-            if not way.optional:
+            missing = way.optional and not isinstance(error, WrongResultError)
+            if settings.strict and not missing:
                 raise
-            skipped[way.name] = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+            (skipped if missing else failed)[way.name] = " ".join(f"{type(error).__name__}: {error}".split())[:200]
             continue
-        job.check(way, result, job.copies[0])
         del result
         ready.append(way)
     timed = [*ready, *(way for ways in job.ceilings.values() for way in ways)]
@@ -149,7 +153,14 @@ def measure(job: Job, settings: Settings) -> dict[str, Any]:
         mine["of_limit"] = ceilings[way.limit]["p50_ms"] / mine["p50_ms"] if way.limit else None
         for key, other in (("times_eager", job.eager), ("times_compile", job.compiled)):
             mine[key] = named[other]["p50_ms"] / mine["p50_ms"] if other in named else None
-    return {"job": job.name, "bytes": job.moved, "ways": named, "ceilings": ceilings, "skipped": skipped}
+    return {
+        "job": job.name,
+        "bytes": job.moved,
+        "ways": named,
+        "ceilings": ceilings,
+        "skipped": skipped,
+        "failed": failed,
+    }
 
 
 def _figures(samples: list[float], moved: int) -> dict[str, Any]:

@@ -60,8 +60,9 @@ def _job_rows(job: dict[str, Any]) -> list[list[str]]:
         rows.append([f"limit: {limit} ({mine['way']})", *_times(mine), "100%", "", ""])
     for row, mine in zip(rows[1:], [*job["ways"].values(), *job["ceilings"].values()], strict=True):
         row += [_or_dash(mine[key], "{:.0%}") for key in beside.values()]
-    for name, reason in job["skipped"].items():
-        rows.append([f"{name}: skipped, {reason[:60]}", *[""] * (len(rows[0]) - 1)])
+    for word in ("skipped", "failed"):
+        for name, reason in job.get(word, {}).items():
+            rows.append([f"{name}: {word}, {reason[:60]}", *[""] * (len(rows[0]) - 1)])
     return rows
 
 

@@ -12,6 +12,7 @@ import contextlib
 import json
 import math
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -25,6 +26,8 @@ from typing import Any
 
 #: Characters of what a stage printed that are kept.
 LOG = 20_000
+#: Seconds that a stage gets to say where it hangs.
+LAST_WORDS = 1
 #: Seconds that a killed process gets to vanish. One that waits for a broken driver may never do.
 VANISHING = 5
 #: A stage may take as many times its limit where earlier ones have left it: one that hangs is not to use all of that
@@ -167,6 +170,11 @@ class _Process:
         if self._seconds <= RESERVE:
             return Result(self.step.name, "failed: no time left", 0.0, None, "")
         code = self._process.poll()
+        if code is None:
+            # Under `python -X faulthandler` it prints where it hangs.
+            self._process.send_signal(signal.SIGABRT)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._process.wait(LAST_WORDS)
         self._kill()
         seconds = time.monotonic() - self._started
         ending = ""
@@ -203,6 +211,8 @@ def take_turn() -> dict[str, Any]:
     line = sys.stdin.readline()
     if not line:
         raise SystemExit(0)
+    # One that crashes is not to leave its memory as a file in the repository.
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 
     def follow() -> None:
         os.read(0, 1)  # returns at the end of the pipe
