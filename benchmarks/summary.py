@@ -95,17 +95,20 @@ def headlines(document: dict[str, Any] | None) -> list[str]:
     """What a stage says of itself, or a line for each of its jobs."""
     if document is None:
         return []
-    return document.get("headlines") or [_job_line(job) for job in document["jobs"]]
+    return document.get("headlines") or [line for job in document["jobs"] for line in _job_lines(job)]
 
 
-def _job_line(job: dict[str, Any]) -> str:
+def _job_lines(job: dict[str, Any]) -> list[str]:
+    """The kernels' ways, two a line; of loops and of calls without allocation the files tell."""
     ways = [
         f"{name.removeprefix('nirvana, ')} {_way_text(mine)}"
         for name, mine in job["ways"].items()
-        if name.startswith("nirvana") and not name.startswith("nirvana, torch") and not name.endswith("alone")
+        if name.startswith("nirvana")
+        and not name.startswith("nirvana, torch")
+        and not name.endswith(("alone", "a call each"))
     ]
     title = job["job"].removeprefix("group_saliency ").removeprefix("gather_slice ")
-    return f"{title}: {'; '.join(ways) or 'no kernel here'}"
+    return [f"{title}: {'; '.join(ways[i : i + 2])}" for i in range(0, len(ways), 2)] or [f"{title}: no kernel here"]
 
 
 def _way_text(mine: dict[str, Any]) -> str:
