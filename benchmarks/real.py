@@ -49,7 +49,9 @@ def grow(settings: Settings, folder: str | None = None) -> Iterator[dict[str, An
     model, tokens = portable.load(folder)
     if settings.quick:
         tokens = tokens[:2, :32]
-    ways = [("cpu", "cpu")] if torch.device(settings.device).type != "cpu" else []
+    ways = []
+    if torch.device(settings.device).type != "cpu":
+        ways.append(("cpu", harness.backends("cpu")[-1]))
     ways += [(settings.device, backend) for backend in harness.backends(settings.device)]
     times: list[dict[str, Any]] = []
     pairs: list[dict[str, Any]] = []

@@ -41,9 +41,14 @@ def build(settings: Settings) -> Iterator[dict[str, Any]]:
     failed = [line for line in output.splitlines() if " was not built" in line]
     if code != 0 or failed:
         raise RuntimeError(failed[0] if failed else f"setup.py: {ending(code)}")
-    without = None if shutil.which("nvcc") else "without the CUDA module: nvcc is not on PATH"
     modules = [{"module": file.name, "bytes": file.stat().st_size} for file in built_modules()]
-    yield _document("build", settings, [without or f"CUDA module for sm_{arch}"], modules=modules) | {"note": without}
+    there = any(module["module"].startswith("_cuda.") for module in modules)
+    note = None
+    if shutil.which("nvcc") is None:
+        note = f"{'with an older' if there else 'without the'} CUDA module: nvcc is not on PATH"
+    elif not there:
+        note = "without the CUDA module: nvcc has no libcudart_static.a"
+    yield _document("build", settings, [note or f"CUDA module for sm_{arch}"], modules=modules) | {"note": note}
 
 
 def built_modules() -> list[Path]:

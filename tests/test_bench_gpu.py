@@ -297,15 +297,28 @@ def test_gpu_refuses_what_it_cannot_use_in_one_line(monkeypatch, capsys, tmp_pat
 
 def test_a_module_that_is_not_built_is_a_failure_and_a_missing_nvcc_a_note(monkeypatch, tmp_path):
     said = []
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "nirvana").mkdir()
+    (tmp_path / "setup.py").touch()
     monkeypatch.setattr(tools, "call", lambda command, settings, **wishes: said.append(wishes) or (0, ""))
     monkeypatch.setattr(tools.shutil, "which", lambda name: None)
     assert ran_here("build", tmp_path).outcome == "passed, without the CUDA module: nvcc is not on PATH"
     assert said == [{"NIRVANA_CUDA": "auto", "NIRVANA_CUDA_ARCHS": "90"}]
+    monkeypatch.setattr(tools.shutil, "which", lambda name: f"/usr/bin/{name}")
+    assert ran_here("build", tmp_path).outcome == "passed, without the CUDA module: nvcc has no libcudart_static.a"
+    (tmp_path / "nirvana" / f"_cuda.{sys.implementation.cache_tag}-x86_64-linux-gnu.so").touch()
+    assert ran_here("build", tmp_path).outcome == "passed"
+    monkeypatch.setattr(tools.shutil, "which", lambda name: None)
+    assert ran_here("build", tmp_path).outcome == "passed, with an older CUDA module: nvcc is not on PATH"
     line = "nirvana: nirvana._cuda was not built, the install goes on without it: the compiler failed"
-    monkeypatch.setattr(tools, "call", lambda command, settings, **wishes: (0, line))
-    assert ran_here("build", tmp_path).outcome == f"failed: RuntimeError: {line}"
-    monkeypatch.setattr(tools, "call", lambda command, settings, **wishes: (None, ""))
-    assert ran_here("build", tmp_path).outcome == "failed: RuntimeError: setup.py: not finished in its time"
+    for answer, says in (
+        ((0, line), line),
+        ((3, ""), "setup.py: exit code 3"),
+        ((None, ""), "not finished in its time"),
+    ):
+        monkeypatch.setattr(tools, "call", lambda command, settings, answer=answer, **wishes: answer)
+        assert ran_here("build", tmp_path).outcome.startswith("failed: RuntimeError: ")
+        assert ran_here("build", tmp_path).outcome.endswith(says)
 
 
 def test_what_ncu_prints_becomes_records():
