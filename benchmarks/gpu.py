@@ -96,13 +96,15 @@ def run(call: str, groups: list[list[Step]], seconds: float, out: Path, workers:
     summary = Summary(call, out)
 
     def keep(result: Result) -> None:
+        print(f"{result.name}: {result.outcome} ({result.seconds:.0f} s)"[:200], flush=True)
+        # Where the outcome is all that was said, once is enough.
+        log = result.log.strip()
+        if result.failed and log and log != result.outcome:
+            print(*(f"    | {line[:150]}" for line in log.splitlines()[-SHOWN:]), sep="\n", flush=True)
         if result.name == "environment" and result.failed:
             raise UnusableError(result.outcome.removeprefix("failed: "))
         summary.seconds = time.monotonic() - start
         summary.add(result)
-        print(f"{result.name}: {result.outcome} ({result.seconds:.0f} s)"[:200], flush=True)
-        if result.failed and result.log.strip():
-            print(*(f"    | {line[:150]}" for line in result.log.strip().splitlines()[-SHOWN:]), sep="\n", flush=True)
 
     runner.run(groups, start + seconds, workers, keep)
     return summary

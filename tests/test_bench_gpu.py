@@ -277,7 +277,6 @@ def test_every_stage_has_its_place():
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (["check", "--device", "cuda:77"], "'cuda:77'"),
         (["check", "--device", "tpu"], "'tpu'"),
         (["check", "--rounds", "1"], "--rounds 1"),
         (["check", "--stretch", "0"], "--stretch 0"),
@@ -293,6 +292,17 @@ def test_gpu_refuses_what_it_cannot_use_in_one_line(monkeypatch, capsys, tmp_pat
     assert len(err.splitlines()) == 1
     assert out == ""
     assert list(tmp_path.iterdir()) == []
+
+
+def test_nothing_runs_where_the_device_is_missing(monkeypatch, capsys, tmp_path):
+    """The first stage finds out, in a process of its own: a broken driver must not take the call with it."""
+    monkeypatch.setattr("sys.argv", ["gpu", "check", "--device", "cuda:77", "--out", str(tmp_path / "out")])
+    assert gpu.main() == 2
+    out, err = capsys.readouterr()
+    assert "torch sees" in err
+    assert len(err.splitlines()) == 1
+    assert len(out.splitlines()) == 1
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_module_that_is_not_built_is_a_failure_and_a_missing_nvcc_a_note(monkeypatch, tmp_path):
