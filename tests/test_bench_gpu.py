@@ -120,6 +120,8 @@ def test_parts_of_the_correctness_pass_are_all_of_it():
 def test_what_is_missing_is_a_reason_and_no_failure(tmp_path, monkeypatch):
     for stage, reason in (("ncu", "not on a GPU"), ("memcheck", "not on a GPU"), ("triton warm-up", "Triton does not")):
         assert ran_here(stage, tmp_path).outcome.startswith(f"skipped: {reason}")
+    monkeypatch.setattr(tools, "call", lambda *_, **__: (tools.NO_TESTS, "no tests ran in 1.00s"))
+    assert ran_here("tests", tmp_path).outcome == "skipped: no kernel serves cpu here"
     monkeypatch.setenv("NIRVANA_MODEL", str(tmp_path / "nowhere"))
     assert "portable pack demo" in ran_here("real model", tmp_path).outcome
     monkeypatch.setattr(tools.importlib.util, "find_spec", lambda name: None)
