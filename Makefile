@@ -3,8 +3,12 @@
 # make test-vllm  vLLM (its CPU build, in .venv-vllm) runs pruned models and answers as transformers does
 # make bench      every benchmark on this machine: tables, JSON and plots in benchmarks/results/cpu
 # make sanitize   the C++ kernels under AddressSanitizer, UndefinedBehaviorSanitizer and ThreadSanitizer
-# make gpu        on a machine with an NVIDIA GPU: build, tests on the device, all benchmarks; offline, below 9 minutes
-# All but `gpu` set up .venv themselves and need no GPU; `gpu` takes the machine's own python3 with torch, Triton and nvcc.
+# make gpu-check    on a machine with an NVIDIA GPU: build in place, correctness, tests, sanitizers; 200 s at most
+# make gpu-measure  there too: every benchmark; 300 s at most
+# make gpu          both
+# All but `gpu...` set up .venv themselves and need no GPU; `gpu...` take the machine's own python3 with torch, Triton and
+# nvcc, install nothing, and write to the folder that the environment variable OUT names, else to benchmarks/results.
+# DEVICE=cpu or QUICK=1 rehearses them with small shapes; STRETCH=3 takes three times as long at most (few cores).
 
 PYTHON ?= python3
 VENV   := .venv
@@ -13,12 +17,18 @@ SOURCE := pyproject.toml setup.py $(shell find csrc -name '*.cpp' -o -name '*.cu
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 TORCH  := 2.13.0
-OUT    ?= demo-pruned
+DEVICE ?= cuda
+# Where `demo` writes, when given on the command line; the environment's OUT is for the results of `gpu`.
+ifneq ($(origin OUT),command line)
+DEMO   := demo-pruned
+else
+DEMO   := $(OUT)
+endif
 
-.PHONY: demo test test-vllm lint bench sanitize gpu clean
+.PHONY: demo test test-vllm lint bench sanitize gpu gpu-check gpu-measure clean
 
 demo: $(VENV)/.demo
-	$(BIN)/nirvana prune demo --sparsity 0.2 --out $(OUT) --overwrite --evaluate
+	$(BIN)/nirvana prune demo --sparsity 0.2 --out $(DEMO) --overwrite --evaluate
 
 test: $(VENV)/.test lint
 	$(BIN)/python -m pytest
@@ -37,12 +47,18 @@ sanitize: $(VENV)/.test
 	csrc/sanitize.sh $(BIN)/python address,undefined
 	csrc/sanitize.sh $(BIN)/python thread
 
+GPU = $(PYTHON) -m nirvana.benchmarks.gpu --device $(DEVICE) --out "$${OUT:-benchmarks/results}" $(if $(QUICK),--quick) $(if $(STRETCH),--stretch $(STRETCH))
 gpu:
-	NIRVANA_CUDA=1 $(PYTHON) -m pip install --no-build-isolation --no-deps --editable .
-	$(PYTHON) -m nirvana.benchmarks.gpu
+	$(GPU) check measure
+
+gpu-check:
+	$(GPU) check
+
+gpu-measure:
+	$(GPU) measure
 
 clean:
-	rm -rf $(VENV) $(VLLM) $(OUT) build *.egg-info
+	rm -rf $(VENV) $(VLLM) $(DEMO) build *.egg-info
 
 $(VENV)/.python:
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(not (3, 10) <= v <= (3, 13) and f"Python {v[0]}.{v[1]} is not supported; use 3.10 to 3.13: make PYTHON=python3.12")'

@@ -1,14 +1,14 @@
 """Every backend on the device against float64 on odd shapes, and twice for the same bits: a small pass that also runs
 where pytest is missing, and under compute-sanitizer.
 
-    python -m nirvana.benchmarks.correctness [--device cuda] [--quick]
+    python -m nirvana.benchmarks.correctness [--device cuda] [--quick] [--backend triton] [--part 0/14]
 """
 
 from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -51,12 +51,17 @@ def checks(settings: Settings) -> Iterator[tuple[str, Callable[[Way], None]]]:
     yield "foreach_group_saliency", functools.partial(_foreach, shapes, device)
 
 
-def run(settings: Settings) -> dict[str, Any]:
-    """A record for each backend; those that fail are named under ``failures``."""
+def run(settings: Settings, backends: Sequence[str] | None = None, part: tuple[int, int] = (0, 1)) -> dict[str, Any]:
+    """A record for each backend; those that fail are named under ``failures``.
+
+    Args:
+        backends: of those that are here; None is all.
+        part: (i, n) does every n-th check from the i-th on.
+    """
     records, failures = [], []
-    for backend in harness.backends(settings.device):
+    for backend in backends or harness.backends(settings.device):
         count, result = 0, "passed"
-        for name, check in checks(settings):
+        for name, check in itertools.islice(checks(settings), part[0], None, part[1]):
             try:
                 with harness.forced(backend):
                     check(Way(f"{backend}: {name}", check, tolerance=harness.PRECISE))
@@ -66,7 +71,9 @@ def run(settings: Settings) -> dict[str, Any]:
                 break
             count += 1
         records.append({"backend": backend, "checks_passed": count, "result": result})
-    return harness.document("correctness", settings, [], backends=records) | {"failures": failures}
+    headlines = [f"{record['backend']}: {record['checks_passed']} checks passed" for record in records]
+    result = harness.document("correctness", settings, [], backends=records)
+    return result | {"failures": failures, "headlines": headlines}
 
 
 def _saliency(rows: int, columns: int, group: int, axis: int, dtype: torch.dtype, device: str, way: Way) -> None:
@@ -130,8 +137,12 @@ def _assert_same(way: Way, first: Tensor, second: Tensor) -> None:
 
 
 def main() -> None:
-    args = harness.parser(__doc__).parse_args()
-    result = run(harness.settings(args))
+    parser = harness.parser(__doc__)
+    parser.add_argument("--backend", metavar="NAME,...", help="default: all that serve the device")
+    parser.add_argument("--part", default="0/1", metavar="I/N", help="every N-th check, from the I-th on")
+    args = parser.parse_args()
+    first, step = map(int, args.part.split("/"))
+    result = run(harness.settings(args), args.backend.split(",") if args.backend else None, (first, step))
     harness.finish(result, args.json)
     if result["failures"]:
         raise SystemExit("\n".join(result["failures"]))

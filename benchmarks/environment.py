@@ -38,9 +38,23 @@ def describe(device: str) -> dict[str, Any]:
             "gpu_memory_bytes": about.total_memory,
             "gpu_multiprocessors": about.multi_processor_count,
             "gpu_l2_bytes": about.L2_cache_size,
+            "gpu_arch": f"{about.major}{about.minor}",
+            "gpu_peak_tb_per_s": peak_tb_per_s(device),
             "cuda": torch.version.cuda,
         }
     return result
+
+
+#: TB/s of the memory by the data sheets. Other forms of a card (H100 PCIe, NVL) have other memory.
+PEAKS = {"H100 80GB HBM3": 3.35, "H200": 4.8}
+
+
+def peak_tb_per_s(device: str) -> float | None:
+    """Memory bandwidth of a GPU by its data sheet; None for those that are not in `PEAKS`."""
+    if torch.device(device).type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((peak for card, peak in PEAKS.items() if card in name), None)
 
 
 def last_level_cache() -> int:

@@ -19,7 +19,7 @@ from __future__ import annotations
 import importlib.util
 import itertools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -81,6 +81,14 @@ def _way(name: str, device: str) -> Callable[[Tensor], Found]:
 def run(
     settings: harness.Settings, neurons: int = NEURONS, reference: int = REFERENCE, sample: int = SAMPLE
 ) -> dict[str, Any]:
+    *_, document = grow(settings, neurons, reference, sample)
+    return document
+
+
+def grow(
+    settings: harness.Settings, neurons: int = NEURONS, reference: int = REFERENCE, sample: int = SAMPLE
+) -> Iterator[dict[str, Any]]:
+    """The document, each time that a set of scores has been added."""
     gpu = torch.device(settings.device).type != "cpu"
     if settings.quick:
         neurons, reference, sample = 60, 30, 2
@@ -99,7 +107,13 @@ def run(
         timed, agreements = _measure(scores.to(settings.device), settings.device, reference, sample)
         times += [{"scores": name} | record for record in timed]
         pairs += [{"scores": name} | record for record in agreements]
-    return harness.document("mixture", settings, [], mixture_bounds=times, agreement=pairs)
+        result = harness.document("mixture", settings, [], mixture_bounds=times, agreement=pairs)
+        yield result | {"headlines": [_headline(record) for record in times if record["way"].startswith("nirvana")]}
+
+
+def _headline(record: dict[str, Any]) -> str:
+    rows, length = record["rows"], record["length"]
+    return f"{record['way']}, {rows} rows of {length}: {record['seconds']:.3g} s, x{record['times_first']:.1f}"
 
 
 def _measure(

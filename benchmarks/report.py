@@ -13,6 +13,10 @@ from nirvana.commands import output
 COLUMNS = ["", "p20 ms", "p50 ms", "p80 ms", "GB/s", "of limit", "x eager", "x compile"]
 
 
+#: Columns behind these, and their keys: part of the device's measured copy, and of its data sheet's memory bandwidth.
+BESIDE = {"of copy": "of_copy", "of peak": "of_peak"}
+
+
 def show(document: dict[str, Any]) -> None:
     """Print everything that `tables` makes of a document."""
     about = document["environment"]
@@ -47,14 +51,19 @@ def tables(document: dict[str, Any]) -> list[tuple[str, list[list[str]]]]:
 
 
 def _job_rows(job: dict[str, Any]) -> list[list[str]]:
-    rows = [COLUMNS]
+    # Set on a GPU, whose memory has a measured copy and a data sheet.
+    beside = {text: key for text, key in BESIDE.items() if any(mine.get(key) for mine in job["ways"].values())}
+    rows = [[*COLUMNS, *beside]]
     for name, mine in job["ways"].items():
         ratios = [_or_dash(mine[key], "{:.2f}") for key in ("times_eager", "times_compile")]
         rows.append([name, *_times(mine), _or_dash(mine["of_limit"], "{:.0%}"), *ratios])
     for limit, mine in job["ceilings"].items():
         rows.append([f"limit: {limit} ({mine['way']})", *_times(mine), "100%", "", ""])
-    for name, reason in job["skipped"].items():
-        rows.append([f"{name}: skipped, {reason[:60]}", *[""] * (len(COLUMNS) - 1)])
+    for row, mine in zip(rows[1:], [*job["ways"].values(), *job["ceilings"].values()], strict=True):
+        row += [_or_dash(mine[key], "{:.0%}") for key in beside.values()]
+    for word in ("skipped", "failed"):
+        for name, reason in job.get(word, {}).items():
+            rows.append([f"{name}: {word}, {reason[:60]}", *[""] * (len(rows[0]) - 1)])
     return rows
 
 

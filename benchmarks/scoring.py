@@ -11,7 +11,9 @@ pass, which is what saves the memory.
 from __future__ import annotations
 
 import contextlib
+import gc
 import statistics
+from collections.abc import Iterator
 from typing import Any
 from unittest import mock
 
@@ -32,7 +34,7 @@ from nirvana.benchmarks.stopwatch import Stopwatch
 from nirvana.patching import forward_replaced
 from nirvana.saliency import objectives
 
-EXAMPLES, SEQ_LEN = 16, 128
+EXAMPLES, SEQ_LEN = 32, 128
 #: Of the prunable parameters; what both ways cut away at the end.
 SPARSITY = 0.5
 ROUNDS = 3
@@ -91,7 +93,8 @@ def cut_reference(model: PreTrainedModel, architecture: Architecture, kept: dict
 WAYS = {"reference": (reference, cut_reference), "nirvana": (ours, cut_ours)}
 
 
-def run(settings: Settings, name: str = "Llama-3.1-8B", examples: int = EXAMPLES) -> dict[str, Any]:
+def grow(settings: Settings, name: str = "Llama-3.1-8B", examples: int = EXAMPLES) -> Iterator[dict[str, Any]]:
+    """The document, each time that a way has been added; of one that takes too much memory it says so."""
     device = settings.device
     dtype = torch.bfloat16
     seq_len = SEQ_LEN
@@ -102,41 +105,72 @@ def run(settings: Settings, name: str = "Llama-3.1-8B", examples: int = EXAMPLES
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(model.config.vocab_size, (examples, seq_len), generator=generator).to(device)
     weights = sum(parameter.nbytes for parameter in model.parameters())
-    samples: dict[str, list[dict[str, float]]] = {way: [] for way in WAYS}
-    scores: dict[str, Scores] = {}
-    # In turns, the first one not counted: it compiles kernels and fills the allocator.
-    for turn in range(2 if settings.quick else 1 + ROUNDS):
-        for way, (score, cut) in WAYS.items():
-            if torch.device(device).type == "cuda":
-                torch.cuda.empty_cache()
-            watch = Stopwatch(device)
-            with Peak(device) as peak:
-                scores[way] = score(model, tokens, watch)
-            if turn == 0 and way == "nirvana":
-                agreement = _agreement(scores)
-            plan = nirvana.allocate(_portable(scores[way]), architecture, sparsity=SPARSITY)
-            kept = {block: torch.tensor(units, device=device) for block, units in plan.kept.items()}
-            with watch("slicing"):
-                cut(model, architecture, kept)
-            seconds = watch.seconds()
-            stages = ("forward", "objective", "scoring")
-            seconds["backward"] = seconds["pass"] - sum(seconds[stage] for stage in stages)
-            if turn:
-                samples[way].append({**seconds, "peak": peak.bytes or 0})
-    medians = {way: {k: statistics.median(s[k] for s in mine) for k in mine[0]} for way, mine in samples.items()}
-    before = medians["reference"]
-    records = []
-    for way, mine in medians.items():
-        record: dict[str, Any] = {"way": way}
-        for stage in ("forward", "objective", "backward", "scoring", "slicing", "pass"):
-            record[f"{stage}_ms"] = mine[stage] * 1e3
-        record["peak_beyond_weights_bytes"] = mine["peak"]
-        for stage in ("scoring", "slicing", "pass"):
-            record[f"{stage}_times_faster"] = before[stage] / mine[stage]
-        records.append(record)
     title = f"{name} {str(dtype)[6:]}, {examples} x {seq_len} tokens"
-    result = harness.document("scoring", settings, [], **{title: records})
-    return result | {"weights_bytes": weights, "same_lowest_fifth": agreement}
+    scores: dict[str, Scores] = {}
+    medians: dict[str, dict[str, float]] = {}
+    # One way after the other: what one leaves in the allocator would make the other search and free in its time.
+    for way in reversed(WAYS):
+        gc.collect()
+        if torch.device(device).type == "cuda":
+            torch.cuda.empty_cache()
+        try:
+            scores[way], medians[way] = _measure(way, model, architecture, tokens, settings)
+        except torch.OutOfMemoryError as error:
+            if way == "nirvana":
+                raise
+            print(f"{way}: out of memory: {error}")
+        records = [_record(way, medians, weights) for way in WAYS]
+        headlines = [f"{title}: {_headline(record)}" for record in records]
+        result = harness.document("scoring", settings, [], **{title: records})
+        agreement = _agreement(scores) if len(scores) == len(WAYS) else None
+        yield result | {"weights_bytes": weights, "same_lowest_fifth": agreement, "headlines": headlines}
+
+
+def run(settings: Settings, name: str = "Llama-3.1-8B", examples: int = EXAMPLES) -> dict[str, Any]:
+    *_, document = grow(settings, name, examples)
+    return document
+
+
+def _measure(
+    way: str, model: PreTrainedModel, architecture: Architecture, tokens: Tensor, settings: Settings
+) -> tuple[Scores, dict[str, float]]:
+    """The scores, and the medians of the stages' seconds and of the peak of memory beyond what was there before."""
+    score, cut = WAYS[way]
+    samples: list[dict[str, float]] = []
+    # The first round is not counted: it compiles kernels and fills the allocator.
+    for turn in range(2 if settings.quick else 1 + ROUNDS):
+        watch = Stopwatch(settings.device)
+        with Peak(settings.device) as peak:
+            scores = score(model, tokens, watch)
+        plan = nirvana.allocate(_portable(scores), architecture, sparsity=SPARSITY)
+        kept = {block: torch.tensor(units, device=settings.device) for block, units in plan.kept.items()}
+        with watch("slicing"):
+            cut(model, architecture, kept)
+        seconds = watch.seconds()
+        seconds["backward"] = seconds["pass"] - sum(seconds[stage] for stage in ("forward", "objective", "scoring"))
+        if turn:
+            samples.append({**seconds, "peak": peak.bytes or 0})
+    return scores, {key: statistics.median(sample[key] for sample in samples) for key in samples[0]}
+
+
+def _record(way: str, medians: dict[str, dict[str, float]], weights: int) -> dict[str, Any]:
+    mine, before = medians.get(way), medians.get("reference")
+    record: dict[str, Any] = {"way": way}
+    for stage in ("forward", "objective", "backward", "scoring", "slicing", "pass"):
+        record[f"{stage}_ms"] = mine and mine[stage] * 1e3
+    record["peak_beyond_weights_bytes"] = mine and mine["peak"]
+    record["peak_bytes"] = mine and weights + mine["peak"]
+    for stage in ("scoring", "slicing", "pass"):
+        record[f"{stage}_times_faster"] = mine and before and before[stage] / mine[stage]
+    return record
+
+
+def _headline(record: dict[str, Any]) -> str:
+    if record["pass_ms"] is None:
+        return f"{record['way']} -"
+    line = f"{record['way']} {record['pass_ms'] / 1e3:.3f} s, peak {record['peak_bytes'] / 1e9:.1f} GB"
+    ratio = record["pass_times_faster"]
+    return line if ratio is None else f"{line}, x{ratio:.2f}"
 
 
 def _portable(scores: Scores) -> Scores:

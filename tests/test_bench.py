@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 
-from nirvana.benchmarks import gpu, harness, mixture, plots, report, saliency
+from nirvana.benchmarks import harness, mixture, plots, report, saliency
 from nirvana.benchmarks.harness import Job, Settings, Way, WrongResultError
 from nirvana.commands import bench
 from nirvana.ops.backends import reference
@@ -171,63 +171,6 @@ def test_float64_in_blocks_is_float64():
     whole = weight.double() * grad.double()
     torch.testing.assert_close(saliency.exact(weight, grad, 0, 7), whole.abs().sum(1).view(-1, 7).sum(1))
     torch.testing.assert_close(saliency.exact(weight, grad, 1, 4), whole.abs().sum(0).view(-1, 4).sum(1))
-
-
-def test_everything_for_a_gpu_runs_on_a_cpu(tmp_path, monkeypatch, capsys):
-    """All stages in one process; one that fails does not stop the others, and is reported."""
-
-    def broken(settings):
-        raise ValueError("broken on purpose")
-
-    monkeypatch.setitem(gpu.STAGES, "grouped", gpu.STAGES["grouped"]._replace(run=broken))
-
-    def missing(settings):
-        raise ModuleNotFoundError("No module named 'somewhere'")
-
-    monkeypatch.setitem(gpu.STAGES, "slice", gpu.STAGES["slice"]._replace(run=missing))
-    outcomes = gpu.run(QUICK, tmp_path, isolated=False)
-    assert outcomes.pop("grouped") == "failed: ValueError: broken on purpose"
-    assert outcomes.pop("slice") == "skipped: No module named 'somewhere'"
-    assert set(outcomes.values()) == {"passed"}
-    (folder,) = tmp_path.iterdir()
-    assert {file.stem for file in folder.glob("*.json")} == set(outcomes)
-    summary = (folder / "results.md").read_text()
-    assert "broken on purpose" in summary
-    for name in outcomes:
-        assert f"## {name}" in summary
-    scoring = json.loads((folder / "scoring.json").read_text())
-    assert scoring["same_lowest_fifth"] == 1.0
-    inference = json.loads((folder / "inference.json").read_text())
-    (records,) = inference["records"].values()
-    assert records[1]["parameters"] < records[0]["parameters"]
-    assert "broken on purpose" in capsys.readouterr().out
-
-
-def test_a_wrong_backend_fails_its_stage_and_is_named(tmp_path, monkeypatch):
-    monkeypatch.setattr(reference, "gather", lambda weights, kept, axis, unit, outs: [out.zero_() for out in outs])
-    outcome = gpu.run(QUICK, tmp_path, ["correctness"], isolated=False)["correctness"]
-    assert outcome.startswith("failed: torch: gather_slice")
-    (file,) = tmp_path.glob("*/correctness.json")
-    assert "is wrong" in json.loads(file.read_text())["records"]["backends"][0]["result"]
-
-
-def test_a_stage_in_a_process_of_its_own(tmp_path, monkeypatch):
-    monkeypatch.setattr(gpu, "GRACE", 60)
-    outcomes = gpu.run(QUICK, tmp_path, ["environment"])
-    assert outcomes == {"environment": "passed"}
-    (folder,) = tmp_path.iterdir()
-    assert sorted(file.name for file in folder.iterdir()) == ["environment.json", "results.md"]
-
-
-def test_a_stage_that_hangs_is_killed(tmp_path, monkeypatch):
-    monkeypatch.setattr(gpu, "GRACE", -29.9)
-    assert gpu.run(QUICK, tmp_path, ["environment"])["environment"].startswith("failed: killed")
-
-
-def test_gpu_refuses_what_it_does_not_know(monkeypatch, capsys):
-    monkeypatch.setattr("sys.argv", ["gpu", "--device", "cpu", "--stages", "nothing"])
-    assert gpu.main() == 2
-    assert "'nothing'" in capsys.readouterr().err
 
 
 def test_a_document_without_jobs_has_no_picture(tmp_path):
