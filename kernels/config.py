@@ -98,13 +98,29 @@ class DivergenceConfig:
 
     A lane's words are one 128-bit load in bf16. Each lane has its own maximum, so the loop has no exchange between
     threads, and needs two exponentials a word and two more a step. With one lane a thread the state takes so few
-    registers (sm_90: 40 to 54) that four to six programs share a multiprocessor.
+    registers (sm_90: 40 to 64) that four to six programs share a multiprocessor.
+
+    Attributes:
+        least_tokens: tokens from which each is one program's: two for each of the 132 multiprocessors of an H100.
+        most_parts: of a token's vocabulary, below.
+        least_steps: of a part, so that its loads still overlap.
     """
 
     lanes: int = 256
     block: int = 8
     num_warps: int = 8
     num_stages: int = 3
+    least_tokens: int = 264
+    most_parts: int = 64
+    least_steps: int = 2
+
+    def span(self, tokens: int, vocabulary: int) -> int:
+        """Words of a program, whole steps: all of them from `least_tokens` on, else what makes `FILLING` programs."""
+        steps = -(-vocabulary // (self.lanes * self.block))
+        if tokens < self.least_tokens:
+            parts = min(-(-FILLING // tokens), self.most_parts, steps // self.least_steps)
+            steps = -(-steps // max(parts, 1))
+        return steps * self.lanes * self.block
 
 
 @dataclass(frozen=True)

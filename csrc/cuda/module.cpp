@@ -26,7 +26,7 @@ std::vector<nirvana::GatherMatrix> gather_matrices(const py::list& matrices) {
 }  // namespace
 
 PYBIND11_MODULE(_cuda, module) {
-  module.attr("INTERFACE") = 2;
+  module.attr("INTERFACE") = 3;
   module.attr("TILES") = py::make_tuple(py::make_tuple(nirvana::kAxis0Rows, nirvana::kAxis0Columns),
                                         py::make_tuple(nirvana::kAxis1Rows, nirvana::kAxis1Columns));
 
@@ -43,10 +43,13 @@ PYBIND11_MODULE(_cuda, module) {
     nirvana::gather(converted, kept, axis, unit, {device, stream});
   });
 
+  module.def("divergence_workspace", &nirvana::divergence_workspace);
+
   module.def("divergence", [](Address p, std::int64_t stride_p, int type_p, Address q, std::int64_t stride_q,
                               int type_q, std::int64_t tokens, std::int64_t vocabulary, Address out, Address state,
-                              int device, Address stream) {
+                              Address workspace, int device, Address stream) {
     py::gil_scoped_release release;
-    nirvana::divergence({p, stride_p, type_p}, {q, stride_q, type_q}, tokens, vocabulary, out, state, {device, stream});
+    nirvana::divergence({p, stride_p, type_p}, {q, stride_q, type_q}, tokens, vocabulary, out, state, workspace,
+                        {device, stream});
   });
 }

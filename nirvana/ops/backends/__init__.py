@@ -87,7 +87,7 @@ def _why_no_cuda() -> str | None:
 
 
 #: Interface between the Python and the C++ side; a module of another number is refused, not called.
-NATIVE_INTERFACE = 2
+NATIVE_INTERFACE = 3
 
 
 def _why_not_built(name: str, needs: str) -> str | None:
