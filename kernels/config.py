@@ -91,8 +91,12 @@ class GatherConfig:
 
     @classmethod
     def of(cls, width: int) -> GatherConfig:
-        """Blocks of 16 KiB, or of 32 elements a thread where elements are small: 8 to 32 loads in flight a thread."""
-        return cls(block_rows=8, block_columns=256, width=width)
+        """Blocks of 16 KiB, or of 32 elements a thread where they are small: more rows, less a column.
+
+        Columns of 2 bytes: 16 rows take 411 instructions and 52 registers a thread, which leaves nine programs a
+        multiprocessor with 72 KiB of loads in flight; 32 rows take 689 and 164, three programs with 48 KiB (sm_90).
+        """
+        return cls(block_rows=min(64 // width, 16), block_columns=256, width=width)
 
 
 @dataclass(frozen=True)
@@ -101,13 +105,29 @@ class DivergenceConfig:
 
     A lane's words are one 128-bit load in bf16. Each lane has its own maximum, so the loop has no exchange between
     threads, and needs two exponentials a word and two more a step. With one lane a thread the state takes so few
-    registers (sm_90: 40 to 54) that four to six programs share a multiprocessor.
+    registers (sm_90: 40 to 64) that four to six programs share a multiprocessor.
+
+    Attributes:
+        least_tokens: tokens from which each is one program's: two for each of the 132 multiprocessors of an H100.
+        most_parts: of a token's vocabulary, below.
+        least_steps: of a part, so that its loads still overlap.
     """
 
     lanes: int = 256
     block: int = 8
     num_warps: int = 8
     num_stages: int = 3
+    least_tokens: int = 264
+    most_parts: int = 64
+    least_steps: int = 2
+
+    def span(self, tokens: int, vocabulary: int) -> int:
+        """Words of a program, whole steps: all of them from `least_tokens` on, else what makes `FILLING` programs."""
+        steps = -(-vocabulary // (self.lanes * self.block))
+        if tokens < self.least_tokens:
+            parts = min(-(-FILLING // tokens), self.most_parts, steps // self.least_steps)
+            steps = -(-steps // max(parts, 1))
+        return steps * self.lanes * self.block
 
 
 @dataclass(frozen=True)

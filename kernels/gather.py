@@ -1,7 +1,7 @@
 """Copy of the kept units of many matrices, bit by bit: elements move as integers, whatever their type.
 
 Rows, and columns in units, move as the widest integers that their addresses allow. All matrices of one integer width
-go in one launch, whatever their shapes.
+go in one launch, whatever their shapes; a single one needs no table of them.
 """
 
 # ruff: noqa: N803 - compile-time arguments are upper case, as everywhere in Triton
@@ -19,50 +19,114 @@ from torch import Tensor
 from nirvana.kernels.config import GatherConfig
 from nirvana.kernels.table import SEARCH, Table, locate, on
 
+#: Rows and columns of a result from which its indices are of 64 bits: those of its last block must not overflow.
+_LARGE = 2**30
+
 _INTEGERS = {1: tl.int8, 2: tl.int16, 4: tl.int32, 8: tl.int64}
 
 
-@triton.jit(do_not_specialize=["entries"])
-def _gather_kernel(
-    table_ptr,
+@triton.jit
+def _copy(
+    block,
+    source,
+    target,
+    stride,
+    rows,
+    columns,
+    unit,
     kept_ptr,
-    entries,
     AXIS: tl.constexpr,
     INTEGER: tl.constexpr,
+    INDEX: tl.constexpr,
     ALIGNED: tl.constexpr,
+    SINGLE: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLUMNS: tl.constexpr,
+):
+    """Copy one block of the matrix that the columns of `_Copy` describe; SINGLE: units are single rows or columns."""
+    source = source.to(tl.pointer_type(INTEGER))
+    target = target.to(tl.pointer_type(INTEGER))
+    if ALIGNED:
+        source = tl.multiple_of(source, 16)
+        target = tl.multiple_of(target, 16)
+        # What they are already: a hint that outlives the inlining of this function.
+        stride = stride // 16 * 16
+        columns = columns // 16 * 16
+    # Divisions of 64-bit integers are subroutines.
+    rows, columns, unit = rows.to(INDEX), columns.to(INDEX), unit.to(INDEX)
+    if SINGLE:
+        unit = 1
+
+    across = tl.cdiv(columns, BLOCK_COLUMNS)
+    block = block.to(INDEX)
+    # Below the last row it is copied again: a mask of rows and columns would cost more than all the rest.
+    row = tl.minimum((block // across) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS), rows - 1)
+    column = (block % across) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
+    mask = (column < columns)[None, :]
+    if AXIS == 0:
+        from_row = tl.load(kept_ptr + row // unit) * unit + row % unit
+        from_column = column
+    else:
+        from_row = row.to(tl.int64)
+        from_column = tl.load(kept_ptr + column // unit, mask=column < columns, other=0) * unit + column % unit
+    elements = tl.load(source + from_row[:, None] * stride + from_column[None, :], mask=mask)
+    tl.store(target + row.to(tl.int64)[:, None] * columns + column[None, :], elements, mask=mask)
+
+
+@triton.jit(do_not_specialize=["source", "target", "stride", "rows", "columns", "unit"])
+def _gather_kernel(
+    source,
+    target,
+    stride,
+    rows,
+    columns,
+    unit,
+    kept_ptr,
+    AXIS: tl.constexpr,
+    INTEGER: tl.constexpr,
+    INDEX: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    SINGLE: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLUMNS: tl.constexpr,
+):
+    """One matrix, whose description travels with the launch: no copy to the device, which a captured graph would not
+    repeat."""
+    block = tl.program_id(0)
+    _copy(
+        *(block, source, target, stride, rows, columns, unit, kept_ptr),
+        *(AXIS, INTEGER, INDEX, ALIGNED, SINGLE, BLOCK_ROWS, BLOCK_COLUMNS),
+    )
+
+
+@triton.jit(do_not_specialize=["entries"])
+def _gather_table_kernel(
+    table_ptr,
+    entries,
+    kept_ptr,
+    AXIS: tl.constexpr,
+    INTEGER: tl.constexpr,
+    INDEX: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    SINGLE: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
     SEARCH: tl.constexpr,
 ):
+    """Many matrices: a program finds its own in a table, whose columns are those of `_Copy` in their order."""
     program = tl.program_id(0).to(tl.int64)
     entry = table_ptr + locate(table_ptr, entries, program, SEARCH)
-    # The columns of `_Copy`, in its order.
     block = program - tl.load(entry)
-    source = tl.load(entry + entries).to(tl.pointer_type(INTEGER))
-    target = tl.load(entry + 2 * entries).to(tl.pointer_type(INTEGER))
+    source = tl.load(entry + entries)
+    target = tl.load(entry + 2 * entries)
     stride = tl.load(entry + 3 * entries)
     rows = tl.load(entry + 4 * entries)
     columns = tl.load(entry + 5 * entries)
     unit = tl.load(entry + 6 * entries)
-    if ALIGNED:
-        target = tl.multiple_of(target, 16)
-        columns = tl.multiple_of(columns, 16)
-        if AXIS == 0:
-            source = tl.multiple_of(source, 16)
-            stride = tl.multiple_of(stride, 16)
-
-    across = tl.cdiv(columns, BLOCK_COLUMNS)
-    row = (block // across) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
-    column = (block % across) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
-    mask = (row < rows)[:, None] & (column < columns)[None, :]
-    if AXIS == 0:
-        from_row = tl.load(kept_ptr + row // unit, mask=row < rows, other=0) * unit + row % unit
-        from_column = column
-    else:
-        from_row = row
-        from_column = tl.load(kept_ptr + column // unit, mask=column < columns, other=0) * unit + column % unit
-    elements = tl.load(source + from_row[:, None] * stride + from_column[None, :], mask=mask)
-    tl.store(target + row[:, None] * columns + column[None, :], elements, mask=mask)
+    _copy(
+        *(block, source, target, stride, rows, columns, unit, kept_ptr),
+        *(AXIS, INTEGER, INDEX, ALIGNED, SINGLE, BLOCK_ROWS, BLOCK_COLUMNS),
+    )
 
 
 class _Copy(NamedTuple):
@@ -95,9 +159,11 @@ def gather(weights: Sequence[Tensor], kept: Tensor, axis: int, unit: int, outs: 
         run = weight.shape[1] * size if axis == 0 else unit * size
         together = weight.data_ptr() | out.data_ptr() | stride | run | out.shape[1] * size
         width = min(together & -together, 8)
-        aligned = out.data_ptr() % 16 == 0 and out.shape[1] * size // width % 16 == 0
-        if axis == 0:
-            aligned = aligned and weight.data_ptr() % 16 == 0 and stride // width % 16 == 0
+        # Rows move 128 bits at a time. Columns do not: neighbours in the result lie apart in the source, and a thread
+        # that wrote 16 bytes of them would read where no other of its warp does, 32 sectors a load instead of 4.
+        addresses = weight.data_ptr() | out.data_ptr()
+        integers = (stride | out.shape[1] * size) // width
+        aligned = axis == 0 and addresses % 16 == 0 and integers % 16 == 0
         config = GatherConfig.of(width)
         copy = _Copy(
             programs[width, aligned],
@@ -109,24 +175,25 @@ def gather(weights: Sequence[Tensor], kept: Tensor, axis: int, unit: int, outs: 
             unit if axis == 0 else run // width,
         )
         copies[width, aligned].append(copy)
-        programs[width, aligned] += triton.cdiv(copy.rows, config.block_rows) * triton.cdiv(
-            copy.columns, config.block_columns
-        )
+        programs[width, aligned] += -(-copy.rows // config.block_rows) * -(-copy.columns // config.block_columns)
     with on(kept.device):
         for (width, aligned), of_launch in copies.items():
             config = GatherConfig.of(width)
-            table = Table()
-            table.add(of_launch)
-            _gather_kernel[(programs[width, aligned],)](
-                table.to(kept.device),
-                kept,
-                len(of_launch),
-                AXIS=axis,
-                INTEGER=_INTEGERS[width],
-                ALIGNED=aligned,
-                BLOCK_ROWS=config.block_rows,
-                BLOCK_COLUMNS=config.block_columns,
-                SEARCH=SEARCH,
-                num_warps=config.num_warps,
-                enable_fp_fusion=False,  # Triton 3.9 warns where it is left open
-            )
+            options = {
+                "AXIS": axis,
+                "INTEGER": _INTEGERS[width],
+                "INDEX": tl.int32 if all(max(one.rows, one.columns) < _LARGE for one in of_launch) else tl.int64,
+                "ALIGNED": aligned,
+                "SINGLE": all(one.unit == 1 for one in of_launch),
+                "BLOCK_ROWS": config.block_rows,
+                "BLOCK_COLUMNS": config.block_columns,
+                "num_warps": config.num_warps,
+                "enable_fp_fusion": False,  # Triton 3.9 warns where it is left open
+            }
+            grid = (programs[width, aligned],)
+            if len(of_launch) == 1:
+                _gather_kernel[grid](*of_launch[0][1:], kept, **options)
+            else:
+                table = Table()
+                table.add(of_launch)
+                _gather_table_kernel[grid](table.to(kept.device), len(of_launch), kept, SEARCH=SEARCH, **options)

@@ -26,6 +26,7 @@ from triton.runtime.jit import JITFunction
 
 from nirvana.kernels import divergence, gather, mixture, saliency
 from nirvana.kernels.stub import StubDriver
+from nirvana.kernels.config import DivergenceConfig
 from nirvana.ops.backends import Matrices
 from nirvana.ops.saliency import STATISTICS
 
@@ -73,19 +74,21 @@ def _saliency(weight: torch.dtype, grad: torch.dtype, mask: int, columns: int = 
     return Case("saliency tiles", f"{_NAMES[weight]} weight, {_NAMES[grad]} grad, {names}{aligned}{table}", launch)
 
 
-def _gather(bits: int, axis: int, unit: int, columns: int, text: str) -> Case:
+def _gather(bits: int, axis: int, unit: int, columns: int, text: str, entries: int = 1) -> Case:
     dtype = {16: torch.int16, 32: torch.int32}[bits]
 
     def launch() -> None:
         kept = torch.arange(16)
-        out = _zeros(16, columns, dtype) if axis == 0 else _zeros(64, 16 * unit, dtype)
-        gather.gather([_zeros(64, columns, dtype)], kept, axis, unit, [out])
+        outs = [_zeros(16 * unit, columns, dtype) if axis == 0 else _zeros(64, 16 * unit, dtype)] * entries
+        gather.gather([_zeros(16 * unit, columns, dtype)] * entries, kept, axis, unit, outs)
 
     return Case("gather", text, launch)
 
 
-def _divergence(dtype: torch.dtype, vocabulary: int, state: bool) -> Case:
+def _divergence(dtype: torch.dtype, vocabulary: int, *, state: bool = False, place: int = 0) -> Case:
     aligned = "" if vocabulary % 16 == 0 else ", rows not aligned"
+    split = DivergenceConfig().span(4, vocabulary) < vocabulary
+    to = "state" if state else "result"
 
     def launch() -> None:
         p, q = _zeros(4, vocabulary, dtype), _zeros(4, vocabulary, dtype)
@@ -94,7 +97,9 @@ def _divergence(dtype: torch.dtype, vocabulary: int, state: bool) -> Case:
         else:
             divergence.divergence(p, q, torch.zeros(4))
 
-    return Case("divergence", f"{_NAMES[dtype]}, {'state' if state else 'result'}{aligned}", launch)
+    if place:
+        return Case("divergence parts", to, launch, place)
+    return Case("divergence", f"{_NAMES[dtype]}, {'part' if split else to}{aligned}", launch)
 
 
 def _mixture(kernel: str, text: str, place: int, length: int = 1728) -> Case:
@@ -126,14 +131,19 @@ CASES: list[Case] = [
     Case("saliency totals", "", _saliency(_FP32, _FP32, STATISTICS["taylor"]).launch, 1),
     Case("saliency totals", "a table", _saliency(_FP32, _FP32, STATISTICS["taylor"], entries=2).launch, 1),
     _gather(16, 0, 1, 256, "rows, 8 bytes, aligned"),
+    _gather(16, 0, 64, 256, "rows in units, 8 bytes, aligned"),
+    _gather(16, 0, 64, 256, "rows in units, 8 bytes, aligned, table", entries=2),
     _gather(16, 0, 1, 255, "rows, 2 bytes"),
-    _gather(16, 1, 1, 256, "columns, 2 bytes, aligned"),
-    _gather(32, 1, 1, 256, "columns, 4 bytes, aligned"),
-    _gather(16, 1, 4, 256, "columns, 8 bytes, aligned"),
-    _divergence(_BF16, 512, state=False),
-    _divergence(_FP32, 512, state=False),
+    _gather(16, 1, 1, 256, "columns, 2 bytes"),
+    _gather(16, 1, 1, 256, "columns, 2 bytes, table", entries=2),
+    _gather(32, 1, 1, 256, "columns, 4 bytes"),
+    _gather(16, 1, 64, 1024, "columns in units, 8 bytes"),
+    _divergence(_BF16, 512),
+    _divergence(_FP32, 512),
     _divergence(_FP32, 512, state=True),
-    _divergence(_BF16, 511, state=False),
+    _divergence(_BF16, 511),
+    _divergence(_BF16, 16_384),
+    _divergence(_BF16, 16_384, place=1),
     _mixture("standardisation", "1728 scores", 0),
     *(_mixture("fit", f"{k} component{'s'[: k > 1]}, 1728 scores", k) for k in range(1, 6)),
     _mixture("fit", "3 components, 12288 scores", 3, 12_288),

@@ -149,9 +149,9 @@ def test_errors_are_reported_with_the_words_of_cuda(native):
     matrix = torch.zeros(8, 8)
     address = matrix.data_ptr()
     with pytest.raises(RuntimeError, match="invalid device ordinal"):
-        native.divergence(address, 32, 0, address, 32, 0, 8, 8, address, 0, 7, 0)
+        native.divergence(address, 32, 0, address, 32, 0, 8, 8, address, 0, 0, 7, 0)
     with pytest.raises(RuntimeError, match="words"):
-        native.divergence(address, 0, 0, address, 0, 0, 1, 2**31, address, 0, 0, 0)
+        native.divergence(address, 0, 0, address, 0, 0, 1, 2**31, address, 0, 0, 0, 0)
 
 
 SHAPES = [
@@ -398,6 +398,67 @@ def test_states_of_chunks_merge(backend):
     torch.testing.assert_close(finish(state), whole, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize(
+    ("tokens", "vocabulary", "parts"),
+    [(1, 2048, 1), (1, 8191, 2), (1, 10_241, 3), (263, 8193, 2), (264, 8193, 1), (40, 128_256, 13), (1, 2**30, 64)],
+)
+def test_few_tokens_are_split(native, tokens, vocabulary, parts):
+    assert native.divergence_workspace(tokens, vocabulary) == (5 * parts * tokens if parts > 1 else 0)
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 263, 264])
+def test_divergence_of_parts(backend, tokens):
+    """Three parts for one token, the last of which is short; two for 263, one for 264."""
+    p, q = draw((tokens, 10_249), torch.bfloat16, 21) * 3, draw((tokens, 10_249), torch.float32, 22)
+    ours = kl(backend, p, q)
+    exact = (p.double().softmax(-1) * (p.double().log_softmax(-1) - q.double().log_softmax(-1))).sum(-1)
+    torch.testing.assert_close(ours.double(), exact, rtol=1e-6, atol=1e-6)
+    assert torch.equal(ours, kl(backend, draw((tokens, 10_249), torch.bfloat16, 21, aligned=False) * 3, q))
+
+
+def test_parts_of_which_some_are_excluded(backend):
+    p, q = draw((8, 12_288), torch.float32, 23), draw((8, 12_288), torch.float32, 24)
+    p[0, :4096] = q[0, :4096] = -INF
+    p[1, 4096:] = -INF
+    q[2, -4096:] = -INF
+    q[3, 8192] = -INF
+    p[4, 4095], q[5, -1] = NAN, NAN
+    p[6] = -INF
+    p[7, 8192], q[7, 3] = 300, -INF
+    exact = torch.empty(8)
+    reference.divergence(p, q, exact)
+    assert exact[[2, 3, 7]].tolist() == [INF] * 3
+    assert exact[4:7].isnan().all()
+    torch.testing.assert_close(kl(backend, p, q), exact, rtol=1e-6, atol=1e-6, equal_nan=True)
+
+
+@pytest.mark.parametrize("tokens", [1, 264], ids=["parts", "whole"])
+def test_long_vocabularies(backend, tokens):
+    """Steps whose sums are half a unit in the last place of what stands in a thread: plain sums in fp32 lose 4e-6."""
+    p = torch.full((1, 128_256), -16.7)
+    p[0, :2048] = 0
+    q = p + draw((1, 128_256), torch.float32, 25) * 1e-2
+    exact = (p.double().softmax(-1) * (p.double().log_softmax(-1) - q.double().log_softmax(-1))).sum(-1)
+    ours = torch.full((tokens,), NAN)
+    # One row, as often as it takes.
+    backend.divergence(p.expand(tokens, -1), q.expand(tokens, -1), ours)
+    assert ((ours - exact).abs() <= 1e-7).all()
+
+
+def test_numbers_near_overflow(backend):
+    p, q = draw((5, 9000), torch.float32, 26), draw((5, 9000), torch.float32, 27)
+    lowest = torch.finfo(torch.float32).min
+    p[0, 5000:] = q[0, 5000:] = lowest
+    q[1, 7:40] = lowest
+    p[2], q[2] = lowest, lowest
+    p[3, :3], q[3, 4] = 3e38, 3e38
+    p[4] += torch.finfo(torch.bfloat16).max
+    exact = (p.double().softmax(-1) * (p.double().log_softmax(-1) - q.double().log_softmax(-1))).sum(-1)
+    ours = torch.full((5,), NAN)
+    backend.divergence(p, q, ours)
+    torch.testing.assert_close(ours.double(), exact, rtol=1e-6, atol=1e-6)
+
+
 def test_a_constant_costs_no_digits(backend):
     p, q = ((draw((3, 777), torch.float32, seed) * 256).round() / 256 for seed in (15, 16))
     torch.testing.assert_close(kl(backend, p + 1024, q - 512), kl(backend, p, q), rtol=0, atol=1e-6)
@@ -436,7 +497,7 @@ def guarded(tensor):
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda t: str(t)[6:])
 def test_nothing_beyond_the_end_is_touched(backend, dtype):
     work = []
-    for rows, columns in ((3, 2056), (130, 264), (9, 13), (1, 8), (17, 1)):
+    for rows, columns in ((3, 2056), (130, 264), (9, 13), (2, 10_000), (1, 8), (17, 1)):
         weight, grad = guarded(torch.ones(rows, columns, dtype=dtype)), guarded(torch.ones(rows, columns))
         for axis in (0, 1):
             out = guarded(torch.zeros(6, weight.shape[axis]))
@@ -459,8 +520,10 @@ def test_nothing_beyond_the_end_is_touched(backend, dtype):
         out = guarded(torch.zeros(rows))
         p = (weight.data_ptr(), columns * weight.element_size(), backend.TYPES[dtype])
         q = (grad.data_ptr(), columns * 4, 0)
-        arguments = (*p, *q, rows, columns, out.data_ptr(), 0, 0, 0)
-        work.append((backend._cuda.divergence, arguments, (weight, grad, out)))
+        states = backend._cuda.divergence_workspace(rows, columns)
+        workspace = guarded(torch.zeros(max(states, 1), dtype=torch.float64))
+        arguments = (*p, *q, rows, columns, out.data_ptr(), 0, workspace.data_ptr(), 0, 0)
+        work.append((backend._cuda.divergence, arguments, (weight, grad, out, workspace)))
 
     def run():
         for function, arguments, _ in work:

@@ -1,21 +1,39 @@
-// KL(p || q) of two matrices of logits, one block a token, one pass with an online softmax.
+// KL(p || q) of two matrices of logits: a block takes a token, or a part of its vocabulary where tokens are few, in one
+// pass with an online softmax.
 //
 // Each thread keeps, in fp32: max p, S = sum e^(p - max p), T = sum e^(p - max p) ((p - max p) - (q - max q)), max q
-// and sum e^(q - max q). Differences to the maxima, because those of the logits themselves lose digits where the two
-// differ by a constant. Threads merge in a fixed tree; the end is fp64.
+// and sum e^(q - max q), and what each sum has lost to rounding. Differences to the maxima, because those of the logits
+// themselves lose digits where the two differ by a constant. Threads, and then parts, merge in fp64 in a fixed tree.
 //
-// Bytes: both matrices are read once; 4 bytes a token are written, 40 of a state; nothing in between.
+// Bytes: both matrices are read once; 4 bytes a token are written, 40 of a state, 40 of a part; nothing in between.
 #include "device.cuh"
 #include "elements.cuh"
+#include "exponential.cuh"
 
 namespace nirvana {
 namespace {
 
-struct State {
-  float max_p, sum_p, dot, max_q, sum_q;  // S is sum_p, T is dot
+constexpr float kInfinity = __builtin_huge_valf();
+constexpr float kLargest = 3.40282347e38f;
+// T is kept in this unit, so that the sum of 2^30 words does not overflow, however large the words are.
+constexpr float kUnit = 4294967296.0f;  // 2^32
+
+// Below kLeastTokens a block takes a part of a token's vocabulary, of kLeastSteps steps of all threads or more, so that
+// there are about kFilling blocks: four for each of the 132 multiprocessors of an H100.
+constexpr int kStep = kThreads * kChunk;
+constexpr std::int64_t kLeastTokens = 264, kFilling = 512, kMostParts = 64, kLeastSteps = 2;
+
+// Sums with regard to maxima, and what they have lost to rounding.
+struct Lane {
+  float max_p = -kInfinity, max_q = -kInfinity;
+  float sum_p = 0.0f, sum_q = 0.0f, dot = 0.0f;
+  float error_p = 0.0f, error_q = 0.0f, error_dot = 0.0f;
 };
 
-constexpr float kInfinity = __builtin_huge_valf();
+// Merged lanes: the same in fp64. S is sum_p, T is dot.
+struct Totals {
+  double max_p, max_q, sum_p, sum_q, dot;
+};
 
 struct Row {
   const char* data;
@@ -31,46 +49,92 @@ __device__ __forceinline__ float largest(const float (&value)[kChunk]) {
                fmaxf(fmaxf(value[4], value[5]), fmaxf(value[6], value[7])));
 }
 
-// The same sums with regard to maxima that are not smaller.
-__device__ __forceinline__ void raise(State& state, float max_p, float max_q) {
-  const float down_p = __fsub_rn(state.max_p, finite_or_zero(max_p));
-  const float down_q = __fsub_rn(state.max_q, finite_or_zero(max_q));
-  const float factor_p = __expf(down_p), factor_q = __expf(down_q);
-  if (state.sum_p != 0.0f) state.dot = __fadd_rn(state.dot, __fmul_rn(state.sum_p, __fsub_rn(down_p, down_q)));
-  // An infinite sum stays infinite, even times e^-1000.
-  if (fabsf(state.dot) != kInfinity) state.dot = __fmul_rn(state.dot, factor_p);
-  state.sum_p = __fmul_rn(state.sum_p, factor_p);
-  state.sum_q = __fmul_rn(state.sum_q, factor_q);
-  state.max_p = max_p;
-  state.max_q = max_q;
+// (p - max p) - (q - max q). Finite where p is excluded (-inf), whatever q is: a probability of 0 then makes 0 of it.
+__device__ __forceinline__ float difference(float below_p, float below_q) {
+  return fmaxf(__fmul_rn(__fsub_rn(below_p, below_q), 1.0f / kUnit), -kLargest);
 }
 
-__device__ __forceinline__ void add_chunk(State& state, const float (&p)[kChunk], const float (&q)[kChunk]) {
+// Kahan's sum. Without it a vocabulary of 128256 words may be off by 4e-6, with it by 1e-8.
+__device__ __forceinline__ void add(float& total, float& error, float term) {
+  term = __fadd_rn(term, error);
+  const float sum = __fadd_rn(total, term);
+  error = __fsub_rn(term, __fsub_rn(sum, total));
+  total = sum;
+}
+
+// The same sums with regard to maxima that are not smaller.
+__device__ __forceinline__ void raise(Lane& lane, float max_p, float max_q) {
+  const float down_p = __fsub_rn(lane.max_p, finite_or_zero(max_p));
+  const float down_q = __fsub_rn(lane.max_q, finite_or_zero(max_q));
+  const float factor_p = exponential(down_p), factor_q = exponential(down_q);
+  lane.dot = __fmul_rn(__fadd_rn(lane.dot, __fmul_rn(lane.sum_p, difference(down_p, down_q))), factor_p);
+  lane.error_dot = __fmul_rn(lane.error_dot, factor_p);
+  lane.sum_p = __fmul_rn(lane.sum_p, factor_p);
+  lane.error_p = __fmul_rn(lane.error_p, factor_p);
+  lane.sum_q = __fmul_rn(lane.sum_q, factor_q);
+  lane.error_q = __fmul_rn(lane.error_q, factor_q);
+  lane.max_p = max_p;
+  lane.max_q = max_q;
+}
+
+__device__ __forceinline__ void add_chunk(Lane& lane, const float (&p)[kChunk], const float (&q)[kChunk]) {
   // fmaxf skips NaN, which reaches the sums instead and stays there.
-  raise(state, fmaxf(state.max_p, largest(p)), fmaxf(state.max_q, largest(q)));
-  const float top_p = finite_or_zero(state.max_p), top_q = finite_or_zero(state.max_q);
+  const float max_p = fmaxf(lane.max_p, largest(p)), max_q = fmaxf(lane.max_q, largest(q));
+  if (max_p > lane.max_p || max_q > lane.max_q) raise(lane, max_p, max_q);  // seldom, after the first chunks
+  const float top_p = finite_or_zero(max_p), top_q = finite_or_zero(max_q);
   float e_p[kChunk], e_q[kChunk], product[kChunk];
 #pragma unroll
   for (int i = 0; i < kChunk; ++i) {
     const float below_p = __fsub_rn(p[i], top_p), below_q = __fsub_rn(q[i], top_q);
-    e_p[i] = __expf(below_p);
-    e_q[i] = __expf(below_q);
-    // A word that p excludes counts nothing; one that q alone does is infinite, however small its probability.
-    const float difference = below_p == -kInfinity ? 0.0f : __fsub_rn(below_p, below_q);
-    product[i] = difference == kInfinity ? kInfinity : __fmul_rn(e_p[i], difference);
+    e_p[i] = exponential(below_p);
+    e_q[i] = exponential(below_q);
+    product[i] = __fmul_rn(e_p[i], difference(below_p, below_q));
   }
-  state.sum_p = __fadd_rn(state.sum_p, tree(e_p));
-  state.dot = __fadd_rn(state.dot, tree(product));
-  state.sum_q = __fadd_rn(state.sum_q, tree(e_q));
+  add(lane.sum_p, lane.error_p, tree(e_p));
+  add(lane.sum_q, lane.error_q, tree(e_q));
+  add(lane.dot, lane.error_dot, tree(product));
 }
 
-__device__ __forceinline__ void merge(State& state, State other) {
-  const float max_p = fmaxf(state.max_p, other.max_p), max_q = fmaxf(state.max_q, other.max_q);
-  raise(state, max_p, max_q);
-  raise(other, max_p, max_q);
-  state.sum_p = __fadd_rn(state.sum_p, other.sum_p);
-  state.dot = __fadd_rn(state.dot, other.dot);
-  state.sum_q = __fadd_rn(state.sum_q, other.sum_q);
+__device__ __forceinline__ double finite_or_zero(double max) { return max == -kInfinity ? 0.0 : max; }
+
+// Of all threads of a block, in thread 0. One exponential a thread: here an error of the scale is one of the result.
+__device__ Totals merged(Totals mine) {
+  __shared__ double shared[3][kWarps];
+  Totals all = mine;
+#pragma unroll
+  for (int offset = kWarp / 2; offset > 0; offset /= 2) {
+    all.max_p = fmax(all.max_p, __shfl_xor_sync(kAllLanes, all.max_p, offset));
+    all.max_q = fmax(all.max_q, __shfl_xor_sync(kAllLanes, all.max_q, offset));
+  }
+  const int warp = threadIdx.x / kWarp;
+  if (threadIdx.x % kWarp == 0) shared[0][warp] = all.max_p, shared[1][warp] = all.max_q;
+  __syncthreads();
+  for (int i = 0; i < kWarps; ++i) {
+    all.max_p = fmax(all.max_p, shared[0][i]);
+    all.max_q = fmax(all.max_q, shared[1][i]);
+  }
+  __syncthreads();
+
+  const double down_p = mine.max_p - finite_or_zero(all.max_p), down_q = mine.max_q - finite_or_zero(all.max_q);
+  const double factor_p = exp(down_p);
+  if (mine.sum_p != 0.0) mine.dot += __dmul_rn(mine.sum_p, down_p - down_q);
+  all.sum_p = __dmul_rn(mine.sum_p, factor_p);
+  all.sum_q = __dmul_rn(mine.sum_q, exp(down_q));
+  all.dot = __dmul_rn(mine.dot, factor_p);
+#pragma unroll
+  for (int offset = kWarp / 2; offset > 0; offset /= 2) {
+    all.sum_p += __shfl_xor_sync(kAllLanes, all.sum_p, offset);
+    all.sum_q += __shfl_xor_sync(kAllLanes, all.sum_q, offset);
+    all.dot += __shfl_xor_sync(kAllLanes, all.dot, offset);
+  }
+  if (threadIdx.x % kWarp == 0) {
+    shared[0][warp] = all.sum_p, shared[1][warp] = all.sum_q, shared[2][warp] = all.dot;
+  }
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    for (int i = 1; i < kWarps; ++i) all.sum_p += shared[0][i], all.sum_q += shared[1][i], all.dot += shared[2][i];
+  }
+  return all;
 }
 
 // The maximum that torch.amax gives: NaN where a NaN was summed. +inf makes the sum NaN too, and is the maximum.
@@ -78,18 +142,39 @@ __device__ __forceinline__ double reported(float max, float sum) {
   return sum != sum && max != kInfinity ? static_cast<double>(sum) : static_cast<double>(max);
 }
 
+// Writes the result of a token, or where `out` is null its state.
+__device__ void finish(const Totals& all, std::int64_t token, std::int64_t tokens, float* out, double* states) {
+  // Where q alone excludes a word T is infinite, or has become NaN on its way (0 * inf for a word of underflowing
+  // probability, inf - inf in `add`). Any other NaN is in the sums, and not always in T: `difference` hides it.
+  double dot = all.dot != all.dot ? kInfinity : all.dot;
+  if (all.sum_p != all.sum_p || all.sum_q != all.sum_q) dot = all.sum_p + all.sum_q;
+  if (out != nullptr) {
+    out[token] = static_cast<float>(dot / all.sum_p - log(all.sum_p / all.sum_q));
+    return;
+  }
+  const double max_p = reported(all.max_p, all.sum_p), max_q = reported(all.max_q, all.sum_q);
+  states[token] = max_p;
+  states[tokens + token] = all.sum_p;
+  // sum e^(p - max p) (p - q)
+  states[2 * tokens + token] = all.sum_p == 0.0 ? dot : dot + __dmul_rn(all.sum_p, max_p - max_q);
+  states[3 * tokens + token] = max_q;
+  states[4 * tokens + token] = all.sum_q;
+}
+
+// Block (x, y) takes `span` words of token x from y * span on, and leaves them in `parts` where it is not null.
 template <Access kAccess>
-__global__ __launch_bounds__(kThreads, 3) void divergence_rows(const Row p, const Row q, int vocabulary,
-                                                               float* out, double* states) {
+__global__ __launch_bounds__(kThreads, 3) void divergence_rows(const Row p, const Row q, int vocabulary, int span,
+                                                               float* out, double* states, Totals* parts) {
   const std::int64_t token = blockIdx.x;
-  const char* row_p = p.data + token * p.stride;
-  const char* row_q = q.data + token * q.stride;
   const std::int64_t size_p = size_of<kAccess>(p.type), size_q = size_of<kAccess>(q.type);
-  State state{-kInfinity, 0.0f, 0.0f, -kInfinity, 0.0f};
+  const int first = static_cast<int>(blockIdx.y) * span;
+  const char* row_p = p.data + token * p.stride + first * size_p;
+  const char* row_q = q.data + token * q.stride + first * size_q;
+  const int words = vocabulary - first < span ? vocabulary - first : span;
+  Lane lane;
 
   constexpr int kLoads = kBatch<kAccess>;
-  constexpr int kStep = kThreads * kChunk;
-  const int rest = vocabulary % kChunk, whole = vocabulary - rest;
+  const int rest = words % kChunk, whole = words - rest;
   for (int begin = threadIdx.x * kChunk; begin < whole; begin += kLoads * kStep) {
     Chunk chunk_p[kLoads] = {}, chunk_q[kLoads] = {};
 #pragma unroll
@@ -106,7 +191,7 @@ __global__ __launch_bounds__(kThreads, 3) void divergence_rows(const Row p, cons
         float value_p[kChunk], value_q[kChunk];
         to_float<kAccess>(chunk_p[i], p.type, value_p);
         to_float<kAccess>(chunk_q[i], q.type, value_q);
-        add_chunk(state, value_p, value_q);
+        add_chunk(lane, value_p, value_q);
       }
     }
   }
@@ -119,45 +204,49 @@ __global__ __launch_bounds__(kThreads, 3) void divergence_rows(const Row p, cons
     for (int i = 0; i < kChunk; ++i) {
       if (i >= rest) value_p[i] = value_q[i] = -kInfinity;
     }
-    add_chunk(state, value_p, value_q);
+    add_chunk(lane, value_p, value_q);
   }
   __syncwarp();
 
-#pragma unroll
-  for (int offset = kWarp / 2; offset > 0; offset /= 2) {
-    State other;
-    other.max_p = __shfl_xor_sync(kAllLanes, state.max_p, offset);
-    other.sum_p = __shfl_xor_sync(kAllLanes, state.sum_p, offset);
-    other.dot = __shfl_xor_sync(kAllLanes, state.dot, offset);
-    other.max_q = __shfl_xor_sync(kAllLanes, state.max_q, offset);
-    other.sum_q = __shfl_xor_sync(kAllLanes, state.sum_q, offset);
-    merge(state, other);
-  }
-  __shared__ State shared[kWarps];
-  if (threadIdx.x % kWarp == 0) shared[threadIdx.x / kWarp] = state;
-  __syncthreads();
+  const double sum_p = static_cast<double>(lane.sum_p) + lane.error_p;
+  const double sum_q = static_cast<double>(lane.sum_q) + lane.error_q;
+  const double dot = __dmul_rn(static_cast<double>(lane.dot) + lane.error_dot, kUnit);
+  const Totals all = merged({lane.max_p, lane.max_q, sum_p, sum_q, dot});
   if (threadIdx.x != 0) return;
-  for (int warp = 1; warp < kWarps; ++warp) merge(state, shared[warp]);
-
-  const double sum_p = state.sum_p, dot = state.dot, sum_q = state.sum_q;
-  if (out != nullptr) {
-    out[token] = static_cast<float>(dot / sum_p - log(sum_p / sum_q));
+  if (parts != nullptr) {
+    parts[token * gridDim.y + blockIdx.y] = all;
   } else {
-    const double max_p = reported(state.max_p, state.sum_p), max_q = reported(state.max_q, state.sum_q);
-    const std::int64_t tokens = gridDim.x;
-    states[token] = max_p;
-    states[tokens + token] = sum_p;
-    // sum e^(p - max p) (p - q)
-    states[2 * tokens + token] = sum_p == 0.0 ? dot : dot + __dmul_rn(sum_p, max_p - max_q);
-    states[3 * tokens + token] = max_q;
-    states[4 * tokens + token] = sum_q;
+    finish(all, token, gridDim.x, out, states);
   }
+}
+
+// Block x merges the `count` parts of token x.
+__global__ __launch_bounds__(kThreads) void divergence_parts(const Totals* parts, int count, float* out,
+                                                             double* states) {
+  Totals mine{-kInfinity, -kInfinity, 0.0, 0.0, 0.0};
+  if (static_cast<int>(threadIdx.x) < count) mine = parts[static_cast<std::int64_t>(blockIdx.x) * count + threadIdx.x];
+  const Totals all = merged(mine);
+  if (threadIdx.x == 0) finish(all, blockIdx.x, gridDim.x, out, states);
+}
+
+std::int64_t steps_of_part(std::int64_t tokens, std::int64_t vocabulary) {
+  const std::int64_t steps = divide_up(vocabulary, kStep);
+  if (tokens >= kLeastTokens) return steps;
+  std::int64_t parts = divide_up(kFilling, tokens);
+  parts = parts < kMostParts ? parts : kMostParts;
+  parts = parts < steps / kLeastSteps ? parts : steps / kLeastSteps;
+  return parts > 1 ? divide_up(steps, parts) : steps;
 }
 
 }  // namespace
 
+std::int64_t divergence_workspace(std::int64_t tokens, std::int64_t vocabulary) {
+  const std::int64_t parts = divide_up(vocabulary, steps_of_part(tokens, vocabulary) * kStep);
+  return parts > 1 ? tokens * parts * static_cast<std::int64_t>(sizeof(Totals) / sizeof(double)) : 0;
+}
+
 void divergence(Logits p, Logits q, std::int64_t tokens, std::int64_t vocabulary, std::uintptr_t out,
-                std::uintptr_t state, Queue queue) {
+                std::uintptr_t state, std::uintptr_t workspace, Queue queue) {
   if (vocabulary > 1 << 30) throw std::runtime_error("nirvana CUDA kernel 'divergence': more than 2^30 words");
   const DeviceGuard guard(queue.device);
   // The stride of a single row says nothing.
@@ -166,9 +255,14 @@ void divergence(Logits p, Logits q, std::int64_t tokens, std::int64_t vocabulary
   const auto kernel = !aligned                                      ? divergence_rows<Access::kScalar>
                       : p.type == kFloat32 || q.type == kFloat32 ? divergence_rows<Access::kVector>
                                                                     : divergence_rows<Access::kHalf>;
-  launch("divergence", kernel, tokens, 1, kThreads, queue, Row{reinterpret_cast<const char*>(p.data), p.stride, p.type},
-         Row{reinterpret_cast<const char*>(q.data), q.stride, q.type}, vocabulary, reinterpret_cast<float*>(out),
-         reinterpret_cast<double*>(state));
+  const std::int64_t span = steps_of_part(tokens, vocabulary) * kStep;
+  const int count = static_cast<int>(divide_up(vocabulary, span));
+  auto* results = reinterpret_cast<float*>(out);
+  auto* states = reinterpret_cast<double*>(state);
+  auto* parts = count > 1 ? reinterpret_cast<Totals*>(workspace) : nullptr;
+  launch("divergence", kernel, tokens, count, kThreads, queue, Row{reinterpret_cast<const char*>(p.data), p.stride, p.type},
+         Row{reinterpret_cast<const char*>(q.data), q.stride, q.type}, vocabulary, span, results, states, parts);
+  if (count > 1) launch("divergence parts", divergence_parts, tokens, 1, kThreads, queue, parts, count, results, states);
 }
 
 }  // namespace nirvana

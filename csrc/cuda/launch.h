@@ -58,9 +58,12 @@ struct Logits {
   int type;
 };
 
+// fp64 numbers that `divergence` needs for logits of this shape; a pure function of it, 0 for many tokens.
+std::int64_t divergence_workspace(std::int64_t tokens, std::int64_t vocabulary);
+
 // KL(p || q) of each token: fp32 [tokens] to `out`, or where that is 0 the fp64 [5, tokens] of
 // nirvana.ops.divergence.merge to `state`.
 void divergence(Logits p, Logits q, std::int64_t tokens, std::int64_t vocabulary, std::uintptr_t out,
-                std::uintptr_t state, Queue queue);
+                std::uintptr_t state, std::uintptr_t workspace, Queue queue);
 
 }  // namespace nirvana

@@ -46,10 +46,13 @@ PYBIND11_MODULE(_cuda, module) {
     nirvana::gather(converted, kept, axis, unit, {device, stream});
   });
 
+  module.def("divergence_workspace", &nirvana::divergence_workspace);
+
   module.def("divergence", [](Address p, std::int64_t stride_p, int type_p, Address q, std::int64_t stride_q,
                               int type_q, std::int64_t tokens, std::int64_t vocabulary, Address out, Address state,
-                              int device, Address stream) {
+                              Address workspace, int device, Address stream) {
     py::gil_scoped_release release;
-    nirvana::divergence({p, stride_p, type_p}, {q, stride_q, type_q}, tokens, vocabulary, out, state, {device, stream});
+    nirvana::divergence({p, stride_p, type_p}, {q, stride_q, type_q}, tokens, vocabulary, out, state, workspace,
+                        {device, stream});
   });
 }

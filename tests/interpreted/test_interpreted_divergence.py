@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 
 import pytest
@@ -9,11 +10,13 @@ import torch
 from operators import DTYPES, draw, short
 from torch import Tensor
 
+from nirvana.kernels import divergence
+from nirvana.kernels.config import DivergenceConfig
 from nirvana.ops import kl_divergence
 from nirvana.ops.backends import reference, triton
 from nirvana.ops.divergence import finish, merge
 
-INF = torch.inf
+INF, LOWEST = torch.inf, torch.finfo(torch.float32).min
 MIXES = list(itertools.product(DTYPES, DTYPES))
 
 
@@ -122,3 +125,103 @@ def test_bits_of_a_token_do_not_depend_on_its_neighbours():
     p, q = draw((5, 1531), torch.bfloat16, "cpu", 15), draw((5, 1531), torch.float32, "cpu", 16)
     single = torch.cat([kl_divergence(p[i : i + 1], q[i : i + 1]) for i in range(5)])
     assert torch.equal(kl_divergence(p, q), single)
+
+
+# A vocabulary in parts, and long ones in one part.
+
+STEP = DivergenceConfig().lanes * DivergenceConfig().block
+
+
+@pytest.fixture(params=["whole", "parts"])
+def split(request, monkeypatch):
+    """Whether few tokens are split, as they are by themselves."""
+    if request.param == "whole":
+        monkeypatch.setattr(divergence, "DivergenceConfig", functools.partial(DivergenceConfig, least_tokens=0))
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 8, 131, 132, 263])
+@pytest.mark.parametrize("vocabulary", [1, STEP, STEP + 1, 4 * STEP - 1, 4 * STEP, 32_000, 128_256, 262_144, 2**30])
+def test_parts_cover_the_vocabulary(tokens, vocabulary):
+    config = DivergenceConfig()
+    span = config.span(tokens, vocabulary)
+    parts = -(-vocabulary // span)
+    assert span % STEP == 0
+    assert 1 <= parts <= min(config.most_parts, -(-512 // tokens))
+    assert parts == 1 or span >= config.least_steps * STEP
+    # Enough programs, but where parts would be too short or too many.
+    assert tokens * parts >= 264 or parts == config.most_parts or span < 2 * config.least_steps * STEP
+    assert config.span(264, vocabulary) >= vocabulary
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 5, 6])
+@pytest.mark.parametrize("vocabulary", [3, 31, 33, 64, 65, 129, 300])
+def test_boundaries_of_parts(tokens, vocabulary, monkeypatch):
+    """Steps of 16 words and parts below 6 tokens: the interpreter takes milliseconds for each, however few."""
+    small = DivergenceConfig(lanes=4, block=4, num_warps=1, least_tokens=6)
+    monkeypatch.setattr(divergence, "DivergenceConfig", lambda: small)
+    shape = tokens, vocabulary
+    p, q = draw(shape, torch.float32, "cpu", 20) * 3, draw(shape, torch.bfloat16, "cpu", 21)
+    ours, parts = kl_divergence(p, q), -(-vocabulary // small.span(*shape))
+    assert (parts > 1) == (tokens < 6 and vocabulary > 48)
+    assert_no_worse_than_eager(ours, p, q)
+    assert torch.equal(kl_divergence(p, q), ours)
+    assert_no_worse_than_eager(finish(state_of(p, q)), p, q)
+
+
+def test_parts_of_which_some_are_excluded():
+    """Of 20 480 words in five parts: whole parts, and the words beside their boundaries."""
+    vocabulary = 10 * STEP
+    span = DivergenceConfig().span(9, vocabulary)
+    assert span == 2 * STEP
+    p, q = draw((9, vocabulary), torch.float32, "cpu", 22), draw((9, vocabulary), torch.float32, "cpu", 23)
+    p[0, :span] = q[0, :span] = -INF  # the first part of both
+    p[1, span:] = -INF  # all but the first of p
+    q[2, -span:] = -INF  # the last of q alone
+    q[3, 2 * span] = -INF
+    p[4, 2 * span - 1], q[4, span] = torch.nan, 1.0
+    q[5, -1] = torch.nan
+    p[6], q[6] = -INF, 0.0
+    q[7] = -INF
+    p[8, 3 * span], q[8, 3 * span + 1] = 300.0, -INF  # its probability is 0 in fp32
+    ours = kl_divergence(p, q)
+    assert_no_worse_than_eager(ours[:2], p[:2], q[:2])
+    assert ours[[2, 3, 8]].tolist() == [INF] * 3
+    assert ours[4:8].isnan().all()
+    states, exact = state_of(p, q), state_of(p, q, reference)
+    numbers = [0, 1, 2, 3, 6, 7, 8]
+    assert torch.equal(states[:, numbers][[0, 3]], exact[:, numbers][[0, 3]])
+    torch.testing.assert_close(states[[1, 2, 4]], exact[[1, 2, 4]], rtol=3e-7, atol=2e-6, equal_nan=True)
+
+
+@pytest.mark.usefixtures("split")
+@pytest.mark.parametrize("vocabulary", [128_256, 262_144 + 5])
+def test_long_vocabularies(vocabulary):
+    """Steps whose sums are half a unit in the last place of what stands in a lane: plain sums in fp32 lose 4e-6."""
+    p = torch.full((3, vocabulary), -16.7)
+    p[0, :STEP] = 0.0
+    p[1, ::8192] = 3.0
+    p[2] = draw((vocabulary,), torch.float32, "cpu", 24) * 2
+    q = p + draw((3, vocabulary), torch.float32, "cpu", 25) * torch.tensor([[1e-2], [1e-3], [1.0]])
+    ours = kl_divergence(p, q)
+    assert_no_worse_than_eager(ours, p, q)
+    assert ((ours - truth(p, q)).abs() <= 1e-7).all()
+
+
+@pytest.mark.usefixtures("split")
+@pytest.mark.parametrize("shift", [(1e4, 1e4), (1e4, -1e4), (-1e4, 3.0)])
+def test_large_offsets(shift):
+    p, q = (draw((2, 20_000), torch.float32, "cpu", 26 + i) * 2 + shift[i] for i in range(2))
+    assert_no_worse_than_eager(kl_divergence(p, q), p, q)
+
+
+@pytest.mark.usefixtures("split")
+def test_numbers_near_overflow():
+    p, q = draw((5, 20_000), torch.float32, "cpu", 28), draw((5, 20_000), torch.float32, "cpu", 29)
+    p[0, 5000:] = q[0, 5000:] = LOWEST  # what masks instead of -inf
+    q[1, 7:40] = LOWEST
+    p[2], q[2] = LOWEST, LOWEST
+    p[3, :3], q[3, 4] = 3e38, 3e38
+    p[4] += torch.finfo(torch.bfloat16).max
+    ours, exact = kl_divergence(p, q).double(), truth(p, q)
+    assert exact.isfinite().all()
+    torch.testing.assert_close(ours, exact, rtol=3e-7, atol=3e-7)

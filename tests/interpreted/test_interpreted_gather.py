@@ -9,6 +9,7 @@ from torch import Tensor
 
 from nirvana.kernels import gather
 from nirvana.ops import gather_slice
+from nirvana.ops.backends import triton
 
 DTYPES = [torch.int8, torch.bool, torch.float8_e4m3fn, torch.bfloat16, torch.float32, torch.float64, torch.complex128]
 
@@ -68,6 +69,50 @@ def test_several_shapes_and_types_share_kept(axis, monkeypatch):
     weights.append(draw_bits((12,), torch.float32, "cpu", 4)) if axis == 0 else None
     for ours, weight in zip(gather_slice(weights, [3, 0, 2], axis=axis, unit=3), weights, strict=True):
         assert equal_bits(ours, expected(weight, [3, 0, 2], axis, 3))
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+@pytest.mark.parametrize("unit", [1, 3])
+def test_one_matrix_needs_no_table(axis, unit, monkeypatch):
+    """Its description must be part of the launch: a captured CUDA graph would not repeat a copy from the host."""
+
+    class NoTable:
+        def __init__(self) -> None:
+            raise AssertionError("a table for one matrix")
+
+    weight, bits = draw_bits((36, 45), torch.bfloat16, "cpu", 6), draw_bits((36, 45), torch.int8, "cpu", 7)
+    together = gather_slice([weight, weight], [3, 0, 2], axis=axis, unit=unit)
+    monkeypatch.setattr(gather, "Table", NoTable)
+    ours = gather_slice(weight, [3, 0, 2], axis=axis, unit=unit)
+    assert equal_bits(ours, expected(weight, [3, 0, 2], axis, unit))
+    assert all(equal_bits(ours, one) for one in together)
+    # One of each width of integers is one of each launch.
+    for ours, one in zip(gather_slice([weight, bits], [4, 1], axis=axis, unit=unit), (weight, bits), strict=True):
+        assert equal_bits(ours, expected(one, [4, 1], axis, unit))
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+@pytest.mark.parametrize("size", [1, 15, 16, 17, 33])
+def test_blocks_that_are_not_full_write_their_own_rows_alone(axis, size):
+    """Every row and column of a block of 16 x 256 or 8 x 256, and what lies behind the result."""
+    for dtype, columns in ((torch.bfloat16, 257), (torch.float32, 255), (torch.float64, 258)):
+        weight = draw_bits((size, columns), dtype, "cpu", 8)
+        kept = torch.arange(weight.shape[axis] - 1, -1, -1)
+        memory = torch.full((weight.numel() + 600,), 7, dtype=dtype)
+        out = memory[300:-300].view(weight.shape)
+        triton.gather([weight], kept, axis, 1, [out])
+        assert equal_bits(out, expected(weight, kept.tolist(), axis, 1))
+        assert (memory[:300] == 7).all()
+        assert (memory[-300:] == 7).all()
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+def test_indices_of_64_bits(axis, monkeypatch):
+    monkeypatch.setattr(gather, "_LARGE", 1)
+    for count in (1, 2):
+        weights = [draw_bits((40, 48), torch.bfloat16, "cpu", 9)] * count
+        for ours in gather_slice(weights, [4, 0, 7], axis=axis, unit=4):
+            assert equal_bits(ours, expected(weights[0], [4, 0, 7], axis, 4))
 
 
 def test_rows_more_than_two_to_the_31_elements_apart():

@@ -191,6 +191,7 @@ def _independent(table: Sequence[Matrices]) -> list[Sequence[Matrices]]:
 
 def _divergence(p: Tensor, q: Tensor, out: int, state: int) -> None:
     tokens, vocabulary = p.shape
+    workspace = torch.empty(_cuda.divergence_workspace(tokens, vocabulary), dtype=torch.float64, device=p.device)
     _cuda.divergence(
         p.data_ptr(),
         _row_bytes(p),
@@ -202,6 +203,7 @@ def _divergence(p: Tensor, q: Tensor, out: int, state: int) -> None:
         vocabulary,
         out,
         state,
+        workspace.data_ptr(),
         *_queue(p.device),
     )
 
