@@ -25,8 +25,8 @@ from torch import Tensor
 from triton.runtime.jit import JITFunction
 
 from nirvana.kernels import divergence, gather, mixture, saliency
-from nirvana.kernels.stub import StubDriver
 from nirvana.kernels.config import DivergenceConfig
+from nirvana.kernels.stub import StubDriver
 from nirvana.ops.backends import Matrices
 from nirvana.ops.saliency import STATISTICS
 
