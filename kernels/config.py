@@ -39,7 +39,7 @@ class SaliencyConfig:
         """Configuration for a number of statistics.
 
         Each statistic has a block of accumulators in registers: 32 a thread for 16 rows and 4 warps. Up to two leave
-        room for the loads of a block, all of which are issued before the first is used (RESOURCES.md, early loads):
+        room for the loads of a block, all of which are issued before the first is used (early loads in RESOURCES.md):
         for one statistic of bf16 on sm_90 8 of 16 bytes a thread, 78 registers, 6 programs on a multiprocessor, 96 KiB
         in flight; in a table 128 registers, 4 programs, 64 KiB. Six do not leave that room: their block is half as
         high, and three blocks are loaded ahead through shared memory.
