@@ -94,8 +94,21 @@ def _gather_kernel(
     repeat."""
     block = tl.program_id(0)
     _copy(
-        *(block, source, target, stride, rows, columns, unit, kept_ptr),
-        *(AXIS, INTEGER, INDEX, ALIGNED, SINGLE, BLOCK_ROWS, BLOCK_COLUMNS),
+        block,
+        source,
+        target,
+        stride,
+        rows,
+        columns,
+        unit,
+        kept_ptr,
+        AXIS,
+        INTEGER,
+        INDEX,
+        ALIGNED,
+        SINGLE,
+        BLOCK_ROWS,
+        BLOCK_COLUMNS,
     )
 
 
@@ -124,8 +137,21 @@ def _gather_table_kernel(
     columns = tl.load(entry + 5 * entries)
     unit = tl.load(entry + 6 * entries)
     _copy(
-        *(block, source, target, stride, rows, columns, unit, kept_ptr),
-        *(AXIS, INTEGER, INDEX, ALIGNED, SINGLE, BLOCK_ROWS, BLOCK_COLUMNS),
+        block,
+        source,
+        target,
+        stride,
+        rows,
+        columns,
+        unit,
+        kept_ptr,
+        AXIS,
+        INTEGER,
+        INDEX,
+        ALIGNED,
+        SINGLE,
+        BLOCK_ROWS,
+        BLOCK_COLUMNS,
     )
 
 

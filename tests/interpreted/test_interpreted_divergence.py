@@ -121,6 +121,19 @@ def test_rows_lie_apart_among_nan():
     assert buffer[[0, 5]].tolist() == [7.0, 7.0]
 
 
+@pytest.mark.parametrize("vocabulary", [9, 2048, 9001])
+def test_bits_do_not_depend_on_alignment(vocabulary):
+    """Aligned rows are read eight words at a time, others word by word."""
+    frames = [torch.full((3, vocabulary + 16 - vocabulary % 16 + extra), torch.nan) for extra in (0, 0, 1, 3)]
+    wide = [
+        frame[:, :vocabulary].copy_(draw((3, vocabulary), torch.float32, "cpu", 34 + i))
+        for i, frame in enumerate(frames[:2])
+    ]
+    narrow = [frame[:, 1 : vocabulary + 1].copy_(one) for frame, one in zip(frames[2:], wide, strict=True)]
+    assert torch.equal(kl_divergence(*narrow), kl_divergence(*wide))
+    assert torch.equal(state_of(*narrow), state_of(*wide))
+
+
 def test_bits_of_a_token_do_not_depend_on_its_neighbours():
     p, q = draw((5, 1531), torch.bfloat16, "cpu", 15), draw((5, 1531), torch.float32, "cpu", 16)
     single = torch.cat([kl_divergence(p[i : i + 1], q[i : i + 1]) for i in range(5)])
@@ -157,7 +170,7 @@ def test_parts_cover_the_vocabulary(tokens, vocabulary):
 @pytest.mark.parametrize("vocabulary", [3, 31, 33, 64, 65, 129, 300])
 def test_boundaries_of_parts(tokens, vocabulary, monkeypatch):
     """Steps of 16 words and parts below 6 tokens: the interpreter takes milliseconds for each, however few."""
-    small = DivergenceConfig(lanes=4, block=4, num_warps=1, least_tokens=6)
+    small = DivergenceConfig(lanes=2, num_warps=1, least_tokens=6)
     monkeypatch.setattr(divergence, "DivergenceConfig", lambda: small)
     shape = tokens, vocabulary
     p, q = draw(shape, torch.float32, "cpu", 20) * 3, draw(shape, torch.bfloat16, "cpu", 21)
