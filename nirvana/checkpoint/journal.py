@@ -29,7 +29,7 @@ class Entry:
         self._identity: tuple[int, int] | None = None
 
     def identify(self, place: Path) -> None:
-        """It is what is at `place` now, and will be it under another name."""
+        """From now on it is what is at `place`, whatever that will be called."""
         self._identity = _identity(place)
 
     def stands(self) -> bool:
