@@ -16,7 +16,7 @@ from nirvana.benchmarks import ceilings, harness
 from nirvana.benchmarks.harness import Job, Settings, Way
 from nirvana.benchmarks.shapes import MODELS, QUICK, Matrix
 from nirvana.errors import NirvanaError
-from nirvana.ops import SaliencyEntry, foreach_group_saliency, group_saliency
+from nirvana.ops import SaliencyEntry, SaliencyPlan, foreach_group_saliency, group_saliency, plan_group_saliency
 
 SHAPES = ((4096, 14336),)
 DTYPE_NAMES = ("float32", "bfloat16")
@@ -142,6 +142,19 @@ def grouped_job(name: str, dtype: torch.dtype, settings: Settings) -> Job:
         foreach_group_saliency(entries)
         return scores
 
+    def planned() -> Any:
+        # Made at the first call, which is not timed: a plan is of the backend that serves when it is made.
+        plans: list[SaliencyPlan] = []
+
+        def call(*_: Tensor) -> Tensor:
+            if not plans:
+                plans.append(plan_group_saliency(entries))
+            scores.zero_()
+            plans[0]()
+            return scores
+
+        return call
+
     terms = max(m.rows * m.columns // n for m, n in zip(matrices, units, strict=True))
     native, single = harness.tolerance(dtype, terms), harness.tolerance(torch.float32, terms)
     ways = [
@@ -152,6 +165,7 @@ def grouped_job(name: str, dtype: torch.dtype, settings: Settings) -> Job:
     for backend in harness.backends(device):
         ways.append(Way(f"nirvana, {backend}, a call each", loop, "read", backend, tolerance=harness.PRECISE))
         ways.append(Way(f"nirvana, {backend}, one call", foreach, "read", backend, tolerance=harness.PRECISE))
+        ways.append(Way(f"nirvana, {backend}, planned", planned(), "read", backend, tolerance=harness.PRECISE))
     tensors = [tensor for pair in pairs for tensor in pair]
     truth = torch.cat([exact(e.weight, e.grad, e.axis, e.group) for e in entries])
     return Job(
