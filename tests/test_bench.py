@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 
 import pytest
 import torch
 
-from nirvana.benchmarks import harness, mixture, plots, report, saliency
+import nirvana
+from nirvana.benchmarks import harness, mixture, plots, report, saliency, scoring
 from nirvana.benchmarks.harness import Job, Settings, Way, WrongResultError
 from nirvana.commands import bench
 from nirvana.ops.backends import reference
@@ -86,6 +88,19 @@ def test_mixtures(cli_here):
     ]
     assert exact
     assert all(pair["agree"] == 1 for pair in exact)
+
+
+def test_scores_that_change_from_round_to_round_are_a_failure(monkeypatch):
+    right, rounds = nirvana.score, itertools.count()
+
+    def changing(*arguments, **options):
+        extra = next(rounds)
+        return {block: values + extra for block, values in right(*arguments, **options).items()}
+
+    assert scoring.run(QUICK)["failures"] == []
+    monkeypatch.setattr(nirvana, "score", changing)
+    document = scoring.run(QUICK)
+    assert document["failures"] == ["nirvana: other bits in round 1", "nirvana, checkpointed: other bits in round 1"]
 
 
 def test_a_wrong_mixture_is_refused(cli_here, monkeypatch):
