@@ -31,6 +31,8 @@ METRICS = {
 }
 #: What ncu says where reading the counters is the administrator's alone.
 NOT_ALLOWED = "ERR_NVGPUCTRPERM"
+#: And where a sandbox keeps it from the driver.
+NO_PROFILER = "Failed to initialize the profiler"
 
 
 def calls(settings: Settings) -> Iterator[tuple[str, Callable[[], Any]]]:
@@ -55,11 +57,15 @@ def profile(settings: Settings) -> Iterator[dict[str, Any]]:
         raise SkipError("ncu is not on PATH")
     # The clock as the benchmarks find it, and caches cleared before each pass, which is the default.
     command = ["ncu", "--clock-control", "none", "--profile-from-start", "off", "--csv", "--page", "raw"]
+    # Of one scale in all rows: the table has a single line of units.
+    command += ["--print-units", "base"]
     command += ["--metrics", ",".join(METRICS.values()), sys.executable, "-m", "nirvana.benchmarks.profiled"]
     command += ["--device", settings.device, *(["--quick"] if settings.quick else [])]
     code, output = tools.call(command, settings)
     if NOT_ALLOWED in output:
         raise SkipError(f"ncu may not read the counters here ({NOT_ALLOWED})")
+    if NO_PROFILER in output:
+        raise SkipError(f"ncu does not work here: {NO_PROFILER}")
     if code != 0:
         raise RuntimeError(f"ncu: {tools.ending(code)}")
     records = parse(output)
