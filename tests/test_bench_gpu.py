@@ -438,6 +438,9 @@ def test_what_ncu_prints_becomes_records():
     assert record["kernel"] == "_tiles(int, float)"
     assert (record["us"], record["memory"], record["registers"]) == (42.5, 91.25, 124)
     assert (record["read"], record["written"]) == (1_234_500_000, 57_344)
+    # What a GPU does not count is no reason to lose the rest.
+    (record,) = profiled.parse(table.replace('"24.9"', '"n/a"').replace(profiled.METRICS["issue"], "other"))
+    assert (record["us"], record["warps"], record["issue"]) == (42.5, None, None)
     with pytest.raises(ValueError, match="no table"):
         profiled.parse("==ERROR== something else")
 
