@@ -68,7 +68,11 @@ class Summary:
         spare = max(0, lines - 3 - len(self.results))
         # None of a stage before all of another.
         most = next(n for n in range(spare, -1, -1) if sum(min(n, len(mine)) for mine in figures) <= spare)
-        table = [f"gpu {self._call}: {self._machine()}, {self.seconds:.0f} s"]
+        # The stages of a quick pass have that in their names.
+        plain = [r.document for r in self.results if r.document and not r.name.startswith("quick ")]
+        quick = any(document.get("settings", {}).get("quick") for document in plain)
+        note = "; small shapes: the figures mean nothing" if quick else ""
+        table = [f"gpu {self._call}: {self._machine()}, {self.seconds:.0f} s{note}"[:WIDTH]]
         for result, mine in zip(self.results, figures, strict=True):
             table.append(f"{result.name:19} {result.seconds:5.1f} s  {result.outcome}"[:WIDTH])
             table += [f"    {figure}"[:WIDTH] for figure in mine[:most]]

@@ -63,6 +63,7 @@ def test_what_a_document_leaves_in_the_table_and_the_files(tmp_path):
         table = summary.table(lines)
         assert len(table) <= max(lines, 3 + len(whole["stages"]))
         assert all(len(line) <= 180 for line in table)
+        assert table[0].endswith("the figures mean nothing")
     assert sum("TB/s" in line for line in summary.table(60)) > 9
     assert sorted(file.name for file in tmp_path.iterdir()) == sorted(
         [summary.json_file.name, summary.markdown_file.name]
