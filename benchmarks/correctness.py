@@ -17,6 +17,7 @@ from torch import Tensor
 from nirvana.benchmarks import harness, kl, mixture, saliency
 from nirvana.benchmarks.gaussians import Found, agreement
 from nirvana.benchmarks.harness import Settings, Way, WrongResultError
+from nirvana.errors import NirvanaError
 from nirvana.ops import (
     SaliencyEntry,
     foreach_group_saliency,
@@ -24,11 +25,14 @@ from nirvana.ops import (
     group_saliency,
     kl_divergence,
     mixture_bounds,
+    plan_group_saliency,
 )
 
 #: (rows, columns, group): one, odd, longer than a tile in either direction, and of ordinary size.
 SHAPES = ((1, 1, 1), (15, 37, 1), (255, 513, 1), (3, 4099, 1), (4099, 3, 1), (384, 1024, 64), (1024, 2048, 1))
 QUICK_SHAPES = SHAPES[1:3]
+#: (tokens, vocabulary): so few tokens that a vocabulary is computed in parts, and the first number that is not.
+FEW_TOKENS = ((1, 20_011), (263, 8200), (264, 8200))
 #: (units, length): below a step, odd, an MLP of 135 million and of 8 billion parameters, and longer.
 MIXTURES = ((40, 7), (40, 513), (200, 1728), (40, 12_288), (2, 70_001))
 QUICK_MIXTURES = ((10, 7), (10, 67))
@@ -46,9 +50,14 @@ def checks(settings: Settings) -> Iterator[tuple[str, Callable[[Way], None]]]:
             yield f"gather_slice {arguments}", functools.partial(_gather, *arguments)
     for (tokens, vocabulary, _), dtype in itertools.product(shapes, DTYPES):
         yield f"kl_divergence {tokens, vocabulary, dtype}", functools.partial(_kl, tokens, vocabulary, dtype, device)
+    for (tokens, vocabulary), dtype in itertools.product(FEW_TOKENS, DTYPES):
+        yield f"kl_divergence {tokens, vocabulary, dtype}", functools.partial(_kl, tokens, vocabulary, dtype, device)
     for units, length in QUICK_MIXTURES if settings.quick else MIXTURES:
         yield f"mixture_bounds {units, length}", functools.partial(_mixture, units, length, device)
     yield "foreach_group_saliency", functools.partial(_foreach, shapes, device)
+    yield "plan_group_saliency", functools.partial(_plan, shapes, device)
+    if torch.device(device).type == "cuda":
+        yield "CUDA graph", functools.partial(_captured, shapes, device)
 
 
 def run(settings: Settings, backends: Sequence[str] | None = None, part: tuple[int, int] = (0, 1)) -> dict[str, Any]:
@@ -64,7 +73,7 @@ def run(settings: Settings, backends: Sequence[str] | None = None, part: tuple[i
         for name, check in itertools.islice(checks(settings), part[0], None, part[1]):
             try:
                 with harness.forced(backend):
-                    check(Way(f"{backend}: {name}", check, tolerance=harness.PRECISE))
+                    check(Way(f"{backend}: {name}", check, backend=backend, tolerance=harness.PRECISE))
             except Exception as error:
                 result = f"{type(error).__name__}: {error}"
                 failures.append(f"{backend}: {name}: {result}")
@@ -83,18 +92,78 @@ def _saliency(rows: int, columns: int, group: int, axis: int, dtype: torch.dtype
     _assert_same(way, first, second)
 
 
-def _foreach(shapes: tuple, device: str, way: Way) -> None:
-    """One call for everything has the bits of a call each."""
-    entries, alone = [], []
+def _entries(shapes: tuple, device: str, seed: int) -> list[SaliencyEntry]:
+    """A reduction of each shape and type, each to zeros of its own."""
+    entries = []
     for (rows, columns, group), dtype in itertools.product(shapes, DTYPES):
-        weight, grad = saliency.draw(rows, columns, dtype, device, 1)
+        weight, grad = saliency.draw(rows, columns, dtype, device, seed)
         axis = 0 if rows % group == 0 else 1
         out = torch.zeros((rows, columns)[axis] // group, device=device)
         entries.append(SaliencyEntry(weight, grad, axis, group, out))
-        alone.append(group_saliency(weight, grad, axis=axis, group=group))
+    return entries
+
+
+def _alone(entry: SaliencyEntry) -> Tensor:
+    return group_saliency(entry.weight, entry.grad, axis=entry.axis, group=entry.group)
+
+
+def _foreach(shapes: tuple, device: str, way: Way) -> None:
+    """One call for everything has the bits of a call each."""
+    entries = _entries(shapes, device, 1)
     foreach_group_saliency(entries)
-    for entry, result in zip(entries, alone, strict=True):
-        _assert_same(way, entry.out, result)
+    for entry in entries:
+        _assert_same(way, entry.out, _alone(entry))
+
+
+def _plan(shapes: tuple, device: str, way: Way) -> None:
+    """So has a plan, again and again, and with other gradients."""
+    entries = _entries(shapes, device, 2)
+    plan = plan_group_saliency(entries)
+    others = [
+        other._replace(weight=entry.weight, out=entry.out)
+        for entry, other in zip(entries, _entries(shapes, device, 3), strict=True)
+    ]
+    for now, run in ((entries, plan), (entries, plan), (others, lambda: plan([other.grad for other in others]))):
+        for entry in now:
+            entry.out.zero_()
+        run()
+        for entry in now:
+            _assert_same(way, entry.out, _alone(entry))
+
+
+def _captured(shapes: tuple, device: str, way: Way) -> None:
+    """A CUDA graph replays a call of one matrix, a plan, a gather and a divergence; a table is refused."""
+    entries = _entries(shapes, device, 4)
+    plan, single = plan_group_saliency(entries), entries[-1]
+    kept = torch.arange(0, single.weight.shape[0], 2, device=device)
+    logits = [torch.randn(3, 20_011, device=device) for _ in range(2)]
+
+    def work() -> tuple[Tensor, ...]:
+        plan()
+        return _alone(single), gather_slice(single.weight, kept, axis=0, unit=1), kl_divergence(*logits)
+
+    expected = work()  # also compiles and loads the kernels, which a capture does not allow
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = work()
+        try:
+            foreach_group_saliency(entries)
+        except NirvanaError:
+            refused = True
+        else:
+            refused = way.backend == "torch"  # which has no table
+    if not refused:
+        raise WrongResultError(f"{way.name} does not refuse a table")
+    for _ in range(2):
+        for entry in entries:
+            entry.out.zero_()
+        for one in found:
+            one.zero_()
+        graph.replay()
+        for entry in entries:
+            _assert_same(way, entry.out, _alone(entry))
+        for one, other in zip(found, expected, strict=True):
+            _assert_same(way, one, other)
 
 
 def _gather(rows: int, columns: int, group: int, axis: int, dtype: torch.dtype, device: str, way: Way) -> None:

@@ -43,7 +43,7 @@ CALLS: dict[str, tuple[float, list[dict[str, float]]]] = {
         [
             {"environment": 40},
             {"triton warm-up": 50, "build": 50},
-            {f"correctness {backend}": 20 for backend in BACKENDS},
+            {**{f"correctness {backend}": 20 for backend in BACKENDS}, "walks": 20},
             {"memcheck": 50, "racecheck": 50, "tests": 50},
             {f"quick {name}": 32 for name in QUICK_PASS},
         ],

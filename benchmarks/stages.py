@@ -32,6 +32,7 @@ from nirvana.benchmarks import (
     scoring,
     slice,
     tools,
+    walks,
 )
 from nirvana.benchmarks.harness import Job, Settings, SkipError
 from nirvana.benchmarks.shapes import MODELS, QUICK
@@ -133,6 +134,7 @@ STAGES: dict[str, Callable[[Settings], Iterator[Document]]] = {
     "build": tools.build,
     "triton warm-up": tools.warm_up,
     **{f"correctness {backend}": _correct(backend) for backend in BACKENDS},
+    "walks": _once(walks.run),
     "tests": tools.tests,
     "memcheck": tools.memcheck,
     "racecheck": tools.racecheck,

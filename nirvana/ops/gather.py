@@ -27,7 +27,8 @@ def gather_slice(weight, kept, *, axis, unit=1):
     Args:
         weight: ``[rows, columns]`` matrix or ``[rows]`` bias, any type, any device; a memory-mapped tensor too. Or
             several of these on one device that lose the same units (gate and up): one launch serves them all.
-        kept: unit indices, int64.
+        kept: unit indices, int64. While a CUDA graph is captured they must be on the device, and nobody looks whether
+            they are in range: that would be to wait for the device, which a capture does not allow.
         axis: 0 to gather rows, 1 to gather columns.
         unit: rows or columns per unit; must divide ``weight.shape[axis]``.
 
@@ -60,13 +61,17 @@ def gather_slice(weight, kept, *, axis, unit=1):
 
 @implements("gather_slice")
 def _gather(weights: list[Tensor], kept: Tensor, axis: int, unit: int) -> list[Tensor]:
-    if kept.numel():
+    device = weights[0].device
+    captured = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    if captured and kept.device != device:
+        raise ValueError(f"kept is on {kept.device} while a CUDA graph is captured: move it to {device} before that")
+    if kept.numel() and not captured:
         # Here and not above, because torch.compile cannot look at values. On a GPU this waits for the indices once.
         low, high = (int(value) for value in kept.aminmax())
         size = min(weight.shape[axis] // unit for weight in weights)
         if low < 0 or high >= size:
             raise ValueError(f"kept units must lie in 0..{size - 1}, got {low}..{high}")
-    kept = kept.to(weights[0].device).contiguous()
+    kept = kept.to(device).contiguous()
     results = []
     for weight in weights:
         shape = list(weight.shape)
