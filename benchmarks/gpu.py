@@ -16,6 +16,7 @@ import argparse
 import os
 import shutil
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -25,6 +26,7 @@ from nirvana.benchmarks import runner, tools
 from nirvana.benchmarks.runner import Result, Step
 from nirvana.benchmarks.summary import Summary
 from nirvana.errors import NirvanaError
+from nirvana.ops.backends import BACKENDS
 
 #: Seconds of a call for starting up and for the last words.
 RESERVE = 8
@@ -41,7 +43,7 @@ CALLS: dict[str, tuple[float, list[dict[str, float]]]] = {
         [
             {"environment": 40},
             {"triton warm-up": 50, "build": 50},
-            {"correctness": 20, "walks": 20},
+            {**{f"correctness {backend}": 20 for backend in BACKENDS}, "walks": 20},
             {"memcheck": 50, "racecheck": 50, "tests": 50},
             {f"quick {name}": 32 for name in QUICK_PASS},
         ],
@@ -101,10 +103,14 @@ def run(call: str, groups: list[list[Step]], seconds: float, out: Path, workers:
         log = result.log.strip()
         if result.failed and log and log != result.outcome:
             print(*(f"    | {line[:150]}" for line in log.splitlines()[-SHOWN:]), sep="\n", flush=True)
-        if result.name == "environment" and result.failed:
-            raise UnusableError(result.outcome.removeprefix("failed: "))
+        if result.outcome.startswith(runner.UNUSABLE) and not any(other.document for other in summary.results):
+            raise UnusableError(result.outcome.removeprefix(runner.UNUSABLE))
         summary.seconds = time.monotonic() - start
-        summary.add(result)
+        try:
+            summary.add(result)
+        except OSError as error:
+            # What is printed stays; a full disk is not to end the call.
+            print(f"    | cannot write to {out}: {error}"[:200], flush=True)
 
     runner.run(groups, start + seconds, workers, keep)
     return summary
@@ -130,16 +136,21 @@ def main() -> int:
             raise NirvanaError(f"--rounds {args.rounds} must be at least 2")
         if not 0 < args.stretch < 100:
             raise NirvanaError(f"--stretch {args.stretch} must be above 0 and below 100")
-        if out.exists() and not out.is_dir():
-            raise NirvanaError(f"--out {out} is not a folder")
         quick = args.quick or _kind(args.device) == "cpu"
+        _try_out(out)
         for call in args.calls:
             groups = steps(call, args.device, args.rounds, quick, args.stretch)
             summaries.append(run(call, groups, CALLS[call][0] * args.stretch - RESERVE, out, workers))
     except (NirvanaError, UnusableError) as error:
         print(f"gpu: {error}", file=sys.stderr)
         return 2
-    _keep_modules(out)
+    except KeyboardInterrupt:
+        print(f"gpu: interrupted; the stages that had ended are in {out}", file=sys.stderr)
+        return 130
+    try:
+        _keep_modules(out)
+    except OSError as error:
+        print(f"gpu: the native modules were not copied: {error}", file=sys.stderr)
     lines: list[str] = []
     for summary in summaries[:-1]:
         lines += summary.table(0)
@@ -157,6 +168,24 @@ def _kind(device: str) -> str:
     if kind not in ("cpu", "cuda"):
         raise NirvanaError(f"--device {device!r} must be cpu, cuda, cuda:1, ...")
     return kind
+
+
+def _try_out(out: Path) -> None:
+    """Whether results can be written there, before they cost anything.
+
+    Raises:
+        NirvanaError: they cannot.
+    """
+    if out.exists() and not out.is_dir():
+        raise NirvanaError(f"--out {out} is not a folder")
+    # The nearest folder that is there tells, and nothing is made for a device that is missing.
+    there = next(folder for folder in (out, *out.absolute().parents) if folder.exists())
+    try:
+        tempfile.TemporaryFile(dir=there).close()
+    except OSError as error:
+        raise NirvanaError(
+            f"--out {out}: nothing can be written in {there} ({error.strerror}); choose another"
+        ) from None
 
 
 def _keep_modules(out: Path) -> None:

@@ -33,6 +33,10 @@ class WrongResultError(Exception):
     """A way does not compute what it is timed for."""
 
 
+class NoDeviceError(NirvanaError):
+    """There is no such device."""
+
+
 class SkipError(Exception):
     """Something that cannot run here, and why; nothing is wrong."""
 
@@ -278,7 +282,7 @@ def find_device(name: str) -> str:
     """ "auto" is the GPU where there is one. A GPU is made the current one: events are recorded on its stream.
 
     Raises:
-        NirvanaError: there is no such device.
+        NoDeviceError: there is no such device.
     """
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
@@ -287,9 +291,9 @@ def find_device(name: str) -> str:
     except RuntimeError:
         kind, index = "", None
     if kind not in ("cpu", "cuda"):
-        raise NirvanaError(f"--device {name!r}: benchmarks run on cpu, cuda, cuda:1, ...")
+        raise NoDeviceError(f"--device {name!r}: benchmarks run on cpu, cuda, cuda:1, ...")
     if kind == "cuda" and (index or 0) >= torch.cuda.device_count():
-        raise NirvanaError(f"--device {name!r}: torch sees {torch.cuda.device_count()} CUDA devices here")
+        raise NoDeviceError(f"--device {name!r}: torch sees {torch.cuda.device_count()} CUDA devices here")
     if kind == "cuda":
         torch.cuda.set_device(index or 0)
     return name

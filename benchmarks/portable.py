@@ -24,6 +24,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import transformers
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
@@ -83,9 +84,16 @@ def load(folder: str | Path) -> tuple[PreTrainedModel, Tensor]:
     index = _read_index(folder)
     for name, about in index["files"].items():
         _check(folder / name, about)
-    config = _config(index["config"])
-    with torch.device("cpu"):
-        model = auto_class(config).from_config(config, dtype=torch.bfloat16).eval()
+    try:
+        config = _config(index["config"])
+        with torch.device("cpu"):
+            model = auto_class(config).from_config(config, dtype=torch.bfloat16).eval()
+    except Exception as error:  # an architecture, or a configuration, that this version does not know
+        reason = " ".join(str(error).split())[:200]
+        raise NirvanaError(
+            f"transformers {transformers.__version__} cannot make the model of {folder / INDEX} "
+            f"({type(error).__name__}: {reason}); pack another, or use the version that packed it"
+        ) from error
     wanted = dict(model.named_parameters())
     for name in index["files"]:
         if name != TOKENS:
@@ -158,7 +166,11 @@ def _read_index(folder: Path) -> dict[str, Any]:
     try:
         index = json.loads((folder / INDEX).read_text())
         found = index["format"], index["version"]
-        if found == (FORMAT, VERSION) and index["config"] and index["files"]:
+        if found == (FORMAT, VERSION):
+            # What else `load` takes from it.
+            index["config"]["model_type"], index["files"][TOKENS]
+            for about in index["files"].values():
+                about["bytes"], about["sha256"]
             return index
         why = f"is {found[0]} version {found[1]}, not {FORMAT} version {VERSION}"
     except (ValueError, KeyError, TypeError) as error:

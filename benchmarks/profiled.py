@@ -31,6 +31,8 @@ METRICS = {
 }
 #: What ncu says where reading the counters is the administrator's alone.
 NOT_ALLOWED = "ERR_NVGPUCTRPERM"
+#: And where a sandbox keeps it from the driver.
+NO_PROFILER = "Failed to initialize the profiler"
 
 
 def calls(settings: Settings) -> Iterator[tuple[str, Callable[[], Any]]]:
@@ -55,17 +57,21 @@ def profile(settings: Settings) -> Iterator[dict[str, Any]]:
         raise SkipError("ncu is not on PATH")
     # The clock as the benchmarks find it, and caches cleared before each pass, which is the default.
     command = ["ncu", "--clock-control", "none", "--profile-from-start", "off", "--csv", "--page", "raw"]
+    # Of one scale in all rows: the table has a single line of units.
+    command += ["--print-units", "base"]
     command += ["--metrics", ",".join(METRICS.values()), sys.executable, "-m", "nirvana.benchmarks.profiled"]
     command += ["--device", settings.device, *(["--quick"] if settings.quick else [])]
     code, output = tools.call(command, settings)
     if NOT_ALLOWED in output:
         raise SkipError(f"ncu may not read the counters here ({NOT_ALLOWED})")
+    if NO_PROFILER in output:
+        raise SkipError(f"ncu does not work here: {NO_PROFILER}")
     if code != 0:
         raise RuntimeError(f"ncu: {tools.ending(code)}")
     records = parse(output)
     headlines = [
-        f"{r['kernel'][:40]}: {r['us']:.1f} us, memory {r['memory']:.0f} %, issue {r['issue']:.0f} %, "
-        f"warps {r['warps']:.0f} %, {r['registers']:.0f} registers"
+        f"{r['kernel'][:40]}: {_text(r['us'], 1)} us, memory {_text(r['memory'])} %, issue {_text(r['issue'])} %, "
+        f"warps {_text(r['warps'])} %, {_text(r['registers'])} registers"
         for r in records
     ]
     yield harness.document("ncu", settings, [], kernels=records) | {"headlines": headlines}
@@ -73,7 +79,7 @@ def profile(settings: Settings) -> Iterator[dict[str, Any]]:
 
 def parse(output: str) -> list[dict[str, Any]]:
     """A record a kernel of what ``ncu --csv --page raw`` prints: lines of its own and of the program, a header, units,
-    values. Bytes and microseconds are brought to their unit.
+    values. Bytes and microseconds are brought to their unit; None where this GPU does not count something.
 
     Raises:
         ValueError: no table is in it.
@@ -92,10 +98,21 @@ def parse(output: str) -> list[dict[str, Any]]:
         values = dict(zip(header, row, strict=True))
         record: dict[str, Any] = {"kernel": values["Kernel Name"]}
         for name, metric in METRICS.items():
-            unit = units[header.index(metric)]
-            record[name] = float(values[metric].replace(",", "")) * scales.get(unit, 1)
+            value = _number(values.get(metric, ""))
+            record[name] = value and value * scales.get(units[header.index(metric)], 1)
         records.append(record)
     return records
+
+
+def _number(text: str) -> float | None:
+    try:
+        return float(text.replace(",", ""))
+    except ValueError:  # n/a, or a column that is not there
+        return None
+
+
+def _text(value: float | None, digits: int = 0) -> str:
+    return "-" if value is None else f"{value:.{digits}f}"
 
 
 def main() -> None:

@@ -37,6 +37,8 @@ MOST = 2
 POLL = 0.05
 #: Seconds of a stage's limit after which it is to start nothing new.
 RESERVE = 4
+#: How an outcome begins where there is no such device: no other stage has one either.
+UNUSABLE = "unusable: "
 
 
 @dataclass(frozen=True)
@@ -62,7 +64,7 @@ class Result:
     """What a stage came to.
 
     Attributes:
-        outcome: "passed", "passed, ...", "skipped: ..." or "failed: ...".
+        outcome: "passed", "passed, ...", "skipped: ...", "failed: ..." or "unusable: ...".
         seconds: from its turn to its end.
         document: what it wrote last, if anything.
         log: the end of what it printed.
@@ -76,7 +78,7 @@ class Result:
 
     @property
     def failed(self) -> bool:
-        return self.outcome.startswith("failed")
+        return self.outcome.startswith(("failed", UNUSABLE))
 
 
 def save(file: str | Path, document: dict[str, Any] | None, outcome: str | None = None) -> None:

@@ -37,6 +37,7 @@ from nirvana.benchmarks import (
 from nirvana.benchmarks.harness import Job, Settings, SkipError
 from nirvana.benchmarks.shapes import MODELS, QUICK
 from nirvana.errors import NirvanaError
+from nirvana.ops.backends import BACKENDS
 
 Document = dict[str, Any]
 
@@ -46,8 +47,10 @@ KL_SHAPES = ((512, 128256), (4096, 128256), (128, 128256), (512, 49152))
 
 def describe(settings: Settings) -> Iterator[Document]:
     about = environment.describe(settings.device)
+    # Those of this moment: the native modules may be built later.
     backends = [{"backend": name, "status": status} for name, status in about["backends"].items()]
-    yield harness.document("environment", settings, [], backends=backends) | {"headlines": [report.machine(about)]}
+    document = harness.document("environment", settings, [], backends_at_the_start=backends)
+    yield document | {"headlines": [report.machine(about)]}
 
 
 def matrices(settings: Settings) -> Iterator[Document]:
@@ -108,6 +111,17 @@ def _grow(name: str, settings: Settings, jobs: Sequence[Callable[[], Job]]) -> I
         yield harness.document(name, settings, done) | {"failures": failures, "note": note}
 
 
+def _correct(backend: str) -> Callable[[Settings], Iterator[Document]]:
+    """In a process of its own: where one has broken its CUDA context, the verdict on the others is to be theirs."""
+
+    def stage(settings: Settings) -> Iterator[Document]:
+        if backend not in harness.backends(settings.device):
+            raise SkipError(BACKENDS[backend].why_not() or f"it does not serve {settings.device}")
+        yield correctness.run(settings, [backend])
+
+    return stage
+
+
 def _once(run: Callable[[Settings], Document]) -> Callable[[Settings], Iterator[Document]]:
     def stage(settings: Settings) -> Iterator[Document]:
         yield run(settings)
@@ -119,7 +133,7 @@ STAGES: dict[str, Callable[[Settings], Iterator[Document]]] = {
     "environment": describe,
     "build": tools.build,
     "triton warm-up": tools.warm_up,
-    "correctness": _once(correctness.run),
+    **{f"correctness {backend}": _correct(backend) for backend in BACKENDS},
     "walks": _once(walks.run),
     "tests": tools.tests,
     "memcheck": tools.memcheck,
@@ -142,7 +156,7 @@ def perform(name: str, settings: Settings, file: str) -> str:
     """Run a stage in this process; what it has goes to `file` as it comes.
 
     Returns:
-        "passed", "passed, ...", "skipped: ..." or "failed: ...".
+        "passed", "passed, ...", "skipped: ...", "failed: ..." or "unusable: ...".
     """
     document = None
     try:
@@ -150,8 +164,10 @@ def perform(name: str, settings: Settings, file: str) -> str:
         for document in STAGES[name](settings):
             runner.save(file, document)
         outcome = _judge(document)
-    except (SkipError, ImportError) as reason:
+    except SkipError as reason:
         outcome = f"skipped: {_line(reason)}"
+    except harness.NoDeviceError as error:
+        outcome = f"{runner.UNUSABLE}{_line(error)}"
     except NirvanaError as error:
         outcome = f"failed: {_line(error)}"
     except Exception as error:

@@ -25,6 +25,7 @@ class Summary:
         self.results: list[Result] = []
         self.seconds = 0.0
         self._call, self._folder = call, folder
+        self._written: list[Path] = []
 
     def add(self, result: Result) -> None:
         self.results.append(result)
@@ -53,8 +54,13 @@ class Summary:
             r.name: {"outcome": r.outcome, "seconds": r.seconds, "document": r.document, "log": r.log}
             for r in self.results
         }
-        _replace(self.json_file, json.dumps(whole, indent=1) + "\n")
-        _replace(self.markdown_file, self._markdown())
+        files = [self.json_file, self.markdown_file]
+        _replace(files[0], json.dumps(whole, indent=1) + "\n")
+        _replace(files[1], self._markdown())
+        # Named before a stage had told what machine this is.
+        for file in {*self._written} - {*files}:
+            file.unlink(missing_ok=True)
+        self._written = files
 
     def table(self, lines: int) -> list[str]:
         """Every stage, its outcome and its seconds, and as many key figures below as there are lines for."""
@@ -62,7 +68,11 @@ class Summary:
         spare = max(0, lines - 3 - len(self.results))
         # None of a stage before all of another.
         most = next(n for n in range(spare, -1, -1) if sum(min(n, len(mine)) for mine in figures) <= spare)
-        table = [f"gpu {self._call}: {self._machine()}, {self.seconds:.0f} s"]
+        # The stages of a quick pass have that in their names.
+        plain = [r.document for r in self.results if r.document and not r.name.startswith("quick ")]
+        quick = any(document.get("settings", {}).get("quick") for document in plain)
+        note = "; small shapes: the figures mean nothing" if quick else ""
+        table = [f"gpu {self._call}: {self._machine()}, {self.seconds:.0f} s{note}"[:WIDTH]]
         for result, mine in zip(self.results, figures, strict=True):
             table.append(f"{result.name:19} {result.seconds:5.1f} s  {result.outcome}"[:WIDTH])
             table += [f"    {figure}"[:WIDTH] for figure in mine[:most]]
@@ -75,7 +85,9 @@ class Summary:
         return f"{re.sub(r'[^a-z0-9]+', '-', name.lower()).strip('-')}-{self._call}"
 
     def _about(self) -> dict[str, Any]:
-        return self._figure("environment", "environment") or {}
+        """By the latest that says it: the native modules may have been built since the first."""
+        documents = [about for r in self.results if (about := (r.document or {}).get("environment"))]
+        return documents[-1] if documents else {}
 
     def _machine(self) -> str:
         return report.machine(self._about()) if self._about() else "unknown machine"

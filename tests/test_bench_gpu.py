@@ -10,11 +10,12 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
 
-from nirvana.benchmarks import correctness, environment, gpu, profiled, report, runner, saliency, stages, tools
+from nirvana.benchmarks import correctness, environment, gpu, harness, profiled, report, runner, saliency, stages, tools
 from nirvana.benchmarks.harness import Settings
 from nirvana.benchmarks.runner import Result, Step
 from nirvana.benchmarks.summary import Summary
@@ -33,7 +34,7 @@ def test_what_a_document_leaves_in_the_table_and_the_files(tmp_path):
     summary = Summary("check", tmp_path)
     for name in (
         "environment",
-        "correctness",
+        "correctness torch",
         "ceilings",
         "saliency",
         "slice",
@@ -62,6 +63,7 @@ def test_what_a_document_leaves_in_the_table_and_the_files(tmp_path):
         table = summary.table(lines)
         assert len(table) <= max(lines, 3 + len(whole["stages"]))
         assert all(len(line) <= 180 for line in table)
+        assert table[0].endswith("the figures mean nothing")
     assert sum("TB/s" in line for line in summary.table(60)) > 9
     assert sorted(file.name for file in tmp_path.iterdir()) == sorted(
         [summary.json_file.name, summary.markdown_file.name]
@@ -106,7 +108,7 @@ def test_a_way_that_is_wrong_is_named_and_the_others_are_timed(tmp_path, monkeyp
 
 def test_a_wrong_backend_fails_its_stage_and_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(reference, "gather", lambda weights, kept, axis, unit, outs: [out.zero_() for out in outs])
-    result = ran_here("correctness", tmp_path)
+    result = ran_here("correctness torch", tmp_path)
     assert result.outcome.startswith("failed: torch: gather_slice")
     assert "is wrong" in result.document["records"]["backends"][0]["result"]
 
@@ -118,7 +120,12 @@ def test_parts_of_the_correctness_pass_are_all_of_it():
 
 
 def test_what_is_missing_is_a_reason_and_no_failure(tmp_path, monkeypatch):
-    for stage, reason in (("ncu", "not on a GPU"), ("memcheck", "not on a GPU"), ("triton warm-up", "Triton does not")):
+    for stage, reason in (
+        ("ncu", "not on a GPU"),
+        ("memcheck", "not on a GPU"),
+        ("triton warm-up", "Triton does not"),
+        ("correctness triton", "needs an NVIDIA GPU"),
+    ):
         assert ran_here(stage, tmp_path).outcome.startswith(f"skipped: {reason}")
     monkeypatch.setattr(tools, "call", lambda *_, **__: (tools.NO_TESTS, "no tests ran in 1.00s"))
     assert ran_here("tests", tmp_path).outcome == "skipped: no kernel serves cpu here"
@@ -126,6 +133,64 @@ def test_what_is_missing_is_a_reason_and_no_failure(tmp_path, monkeypatch):
     assert "portable pack demo" in ran_here("real model", tmp_path).outcome
     monkeypatch.setattr(tools.importlib.util, "find_spec", lambda name: None)
     assert ran_here("tests", tmp_path).outcome == "skipped: pytest is not installed"
+
+
+def test_a_module_that_cannot_be_imported_is_a_failure(tmp_path, monkeypatch):
+    """Nothing that a stage needs is optional without a reason of its own."""
+
+    def broken(settings):
+        raise ImportError("cannot import name 'language' from 'triton'")
+
+    monkeypatch.setattr(stages, "STAGES", {"kl": broken})
+    assert ran_here("kl", tmp_path).outcome.startswith("failed: ImportError: cannot import name")
+
+
+BANNER = "========= COMPUTE-SANITIZER\n"
+READ = "========= Invalid __global__ read of size 4 bytes\n=========     at _tiles+0x10 in saliency.py:7\n"
+
+
+@pytest.mark.parametrize(
+    ("answer", "kind", "says"),
+    [
+        ((0, BANNER), "passed", ""),
+        ((9, f"{BANNER}{READ}========= ERROR SUMMARY: 1 error\n"), "failed", "ERROR SUMMARY: 1 error"),
+        ((None, f"{BANNER}{READ}"), "failed", "but found: Invalid __global__ read of size 4 bytes"),
+        ((None, BANNER), "skipped", "nothing found so far"),
+        ((1, "========= Device not supported\n"), "skipped", "does not support this device"),
+    ],
+)
+def test_what_a_sanitizer_finds_is_said_also_where_it_does_not_end(tmp_path, monkeypatch, answer, kind, says):
+    monkeypatch.setattr(tools.shutil, "which", lambda name: f"/usr/bin/{name}")
+    monkeypatch.setattr(tools.torch, "device", lambda name: mock.Mock(type="cuda"))
+    monkeypatch.setattr(harness, "backends", lambda device: ["torch", "triton", "cuda"])
+    monkeypatch.setattr(harness, "find_device", lambda name: name)
+    monkeypatch.setattr(environment, "describe", lambda device: {"cpu": "", "threads": 1, "load": 0, "torch": ""})
+    commands = []
+    monkeypatch.setattr(tools, "call", lambda command, settings, **_: commands.append(command) or answer)
+    outcome = ran_here("memcheck", tmp_path).outcome
+    assert outcome.split(":")[0] == kind
+    assert says in outcome
+    assert commands[0][-2:] == ["--backend", "triton,cuda"]
+
+
+@pytest.mark.parametrize(
+    ("output", "outcome"),
+    [
+        (
+            "[gw0] [  1%] PASSED tests/test_ops_gather.py::test_a[cuda-triton]\n",
+            "passed, not finished in its time, 1% done",
+        ),
+        (
+            "[gw0] [  1%] PASSED tests/x.py::test_a\n[gw1] [  2%] FAILED tests/x.py::test_b[cuda-cuda-(1, 3)] \n",
+            "failed: not finished in its time, 2% done; FAILED tests/x.py::test_b[cuda-cuda-(1, 3)]",
+        ),
+        ("tests/x.py::test_b ERROR   [  2%]\n", "failed: not finished in its time, 2% done; tests/x.py::test_b ERROR"),
+        ("created: 12/12 workers\n", "failed: not finished in its time, 0% done"),
+    ],
+)
+def test_tests_that_do_not_end_name_what_has_failed_so_far(tmp_path, monkeypatch, output, outcome):
+    monkeypatch.setattr(tools, "call", lambda *_, **__: (None, output))
+    assert ran_here("tests", tmp_path).outcome == outcome
 
 
 def step(name: str, script: str, seconds: float = 20) -> Step:
@@ -262,6 +327,36 @@ def test_a_whole_call_goes_on_after_a_crash_and_says_so(tmp_path, monkeypatch, c
     assert whole["machine"]["device"] == "cpu"
 
 
+def test_a_first_stage_that_is_late_does_not_stop_the_others(tmp_path, monkeypatch):
+    """Imports from a cold disk may take long; the machine is then named by those that come after."""
+    monkeypatch.setattr(runner, "RESERVE", 0)
+    about = json.dumps(
+        {"environment": {"cpu": "Slow", "threads": 1, "load": 0, "torch": "2"}, "settings": {"quick": False}}
+    )
+    good = step("good", f"write('passed', json.loads({about!r}) | {{'benchmark': '', 'jobs': [], 'records': {{}}}})")
+    summary = gpu.run("check", [[step("environment", "time.sleep(600)", 1)], [good]], 22, tmp_path, 2)
+    assert [result.outcome for result in summary.results] == ["failed: killed after 2 s without a result", "passed"]
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["slow-check.json", "slow-check.md"]
+
+
+def test_a_folder_that_can_no_longer_be_written_does_not_stop_the_call(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(runner, "RESERVE", 0)
+    (tmp_path / "out").touch()
+    summary = gpu.run("check", [[step(name, "write('passed', None)")] for name in "ab"], 40, tmp_path / "out", 2)
+    assert [result.outcome for result in summary.results] == ["passed", "passed"]
+    assert capsys.readouterr().out.count("cannot write to") == 2
+
+
+def test_ctrl_c_says_where_the_results_are(tmp_path, monkeypatch, capsys):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(runner, "run", interrupted)
+    monkeypatch.setattr("sys.argv", ["gpu", "check", "--device", "cpu", "--out", str(tmp_path)])
+    assert gpu.main() == 130
+    assert str(tmp_path) in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("call", gpu.CALLS)
 def test_limits_of_stages_add_up_to_the_calls(call):
     seconds, groups = gpu.CALLS[call]
@@ -283,6 +378,7 @@ def test_every_stage_has_its_place():
         (["check", "--rounds", "1"], "--rounds 1"),
         (["check", "--stretch", "0"], "--stretch 0"),
         (["check", "--out", __file__], "is not a folder"),
+        (["check", "--device", "cpu", "--out", f"{__file__}/below"], "nothing can be written in"),
     ],
 )
 def test_gpu_refuses_what_it_cannot_use_in_one_line(monkeypatch, capsys, tmp_path, arguments, says):
@@ -343,6 +439,9 @@ def test_what_ncu_prints_becomes_records():
     assert record["kernel"] == "_tiles(int, float)"
     assert (record["us"], record["memory"], record["registers"]) == (42.5, 91.25, 124)
     assert (record["read"], record["written"]) == (1_234_500_000, 57_344)
+    # What a GPU does not count is no reason to lose the rest.
+    (record,) = profiled.parse(table.replace('"24.9"', '"n/a"').replace(profiled.METRICS["issue"], "other"))
+    assert (record["us"], record["warps"], record["issue"]) == (42.5, None, None)
     with pytest.raises(ValueError, match="no table"):
         profiled.parse("==ERROR== something else")
 

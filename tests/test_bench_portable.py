@@ -138,6 +138,35 @@ def more_layers(folder: Path) -> None:
     edit(folder, config=config | {"num_hidden_layers": 3})
 
 
+def unknown_type(folder: Path) -> None:
+    config = json.loads((folder / portable.INDEX).read_text())["config"]
+    edit(folder, config=config | {"model_type": "of-tomorrow"})
+
+
+def no_type(folder: Path) -> None:
+    config = json.loads((folder / portable.INDEX).read_text())["config"]
+    edit(folder, config={key: value for key, value in config.items() if key != "model_type"})
+
+
+def impossible_config(folder: Path) -> None:
+    config = json.loads((folder / portable.INDEX).read_text())["config"]
+    edit(folder, config=config | {"hidden_size": 33})
+
+
+def no_sum(folder: Path) -> None:
+    files = json.loads((folder / portable.INDEX).read_text())["files"]
+    edit(folder, files=files | {"model-1.npz": {"bytes": 1}})
+
+
+def unlisted_tokens(folder: Path) -> None:
+    files = json.loads((folder / portable.INDEX).read_text())["files"]
+    edit(folder, files={name: about for name, about in files.items() if name != portable.TOKENS})
+
+
+def list_of_files(folder: Path) -> None:
+    edit(folder, files=["model-1.npz"])
+
+
 @pytest.mark.parametrize(
     ("spoil", "says"),
     [
@@ -146,7 +175,11 @@ def more_layers(folder: Path) -> None:
         (damaged, "model-2.npz is damaged or of another model"),
         (foreign_tokens, "tokens.npy is damaged or of another model"),
         (no_index, "no packed model in"),
-        (not_json, "index.json cannot be read"),
+        *(
+            (spoil, "index.json cannot be read")
+            for spoil in (not_json, no_type, no_sum, unlisted_tokens, list_of_files)
+        ),
+        *((spoil, "cannot make the model of") for spoil in (unknown_type, impossible_config)),
         (other_version, "is nirvana-portable version 2, not nirvana-portable version 1"),
         (other_config, "has shape [48, 32], the model [40, 32]"),
         (fewer_layers, "which the model does not have"),
