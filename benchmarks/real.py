@@ -60,11 +60,13 @@ def grow(settings: Settings, folder: str | None = None) -> Iterator[dict[str, An
         done: dict[str, Found] = {}
         # On a CPU bf16 products can be slow; there the device's ways go first.
         for device, backend in ways if dtype == torch.float32 else reversed(ways):
-            if settings.late:
+            way = f"{device}, {backend}"
+            before = sum(record["seconds"] for record in times if record["way"] == way)
+            # One that is killed in the middle would make a failure of what the others have found.
+            if settings.late or (settings.seconds is not None and _left(settings) < 2 * before):
                 note = f"{len(times)} of {len(dtypes) * len(ways)} ways in its time"
                 yield _document(settings, times, pairs) | {"note": note}
                 return
-            way = f"{device}, {backend}"
             found, seconds = _score(model, tokens, dtype, device, backend)
             times.append({"way": way, "dtype": str(dtype)[6:], "seconds": seconds})
             # With the first and with the one before.
@@ -72,6 +74,10 @@ def grow(settings: Settings, folder: str | None = None) -> Iterator[dict[str, An
                 pairs.append(_compare(str(dtype)[6:], other, done[other], way, found))
             done[way] = found
             yield _document(settings, times, pairs)
+
+
+def _left(settings: Settings) -> float:
+    return settings.started + settings.seconds - time.monotonic()
 
 
 def _score(
