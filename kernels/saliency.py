@@ -312,7 +312,9 @@ def saliency(table: Sequence[Matrices], statistics: int) -> None:
 
 def plan_saliency(table: Sequence[Matrices], statistics: int) -> _Planned:
     """`saliency` of these tensors, laid out once and launched by each call."""
-    return _Planned(table, statistics)
+    planned = _Planned(table, statistics)
+    planned.table = [entry._replace(grad=None) for entry in table]  # whoever replaces gradients may let go of them
+    return planned
 
 
 class _Planned:
@@ -324,7 +326,7 @@ class _Planned:
     """
 
     def __init__(self, table: Sequence[Matrices], statistics: int):
-        self._table, self._statistics = table, statistics
+        self.table, self._statistics = table, statistics
         self._device = table[0].out.device
         self._reads_grads = bool(statistics & _OF_GRAD)
         self._lay_out()
@@ -341,14 +343,15 @@ class _Planned:
         before = self._addresses
         addresses = [grad.data_ptr() for grad in grads]
         if len(grads) == 1 or any((old ^ new) % 16 for old, new in zip(before, addresses, strict=True)):
-            # Another alignment may mean other launches.
-            self._table = [entry._replace(grad=grad) for entry, grad in zip(self._table, grads, strict=True)]
-            self._lay_out()
+            # Another alignment may mean other launches. All of them or none: an upload may be refused.
+            table = [entry._replace(grad=grad) for entry, grad in zip(self.table, grads, strict=True)]
+            vars(self).update(vars(plan_saliency(table, self._statistics)))
             return
-        self._addresses = addresses
         with on(self._device):
-            for column, entries in self._columns:
-                column.copy_(upload([addresses[entry] for entry in entries], self._device))
+            columns = [upload([addresses[entry] for entry in entries], self._device) for _, entries in self._columns]
+            for (column, _), new in zip(self._columns, columns, strict=True):
+                column.copy_(new)
+        self._addresses = addresses
 
     def _lay_out(self) -> None:
         statistics = self._statistics
@@ -360,7 +363,7 @@ class _Planned:
         terms: dict[tuple[int, int], list[Term]] = defaultdict(list)
         self._addresses = []
         self._workspace = 0
-        for number, (weight, grad, axis, group, out) in enumerate(self._table):
+        for number, (weight, grad, axis, group, out) in enumerate(self.table):
             rows, columns = weight.shape
             weight_type = grad_type = None
             weight_address = grad_address = weight_stride = grad_stride = 0
@@ -422,7 +425,7 @@ class _Planned:
         blocks = {"BLOCK_SPLITS": totals.block_splits, "BLOCK_UNITS": totals.block_units}
         # Fusing g * w + sum would round once where the product rounds twice: other bits for "signed".
         of_totals = {**blocks, "num_warps": totals.num_warps, "enable_fp_fusion": False}
-        if len(self._table) == 1:
+        if len(self.table) == 1:
             (key, (only,)), ((term,),) = *tiles.items(), terms.values()
             _, out, units, *_ = outs[0]
             self._launches = [

@@ -24,6 +24,7 @@ import pytest
 import torch
 
 import nirvana
+from nirvana.errors import NirvanaError
 from nirvana.ops.backends import NATIVE_INTERFACE, Matrices, reference
 from nirvana.ops.divergence import finish, merge
 from nirvana.ops.saliency import STATISTICS
@@ -232,6 +233,27 @@ def test_one_table_has_the_bits_of_single_calls(backend, mask):
     backend.saliency(table, mask)
     for key in start:
         assert torch.equal(single[key], grouped[key])
+
+
+def test_a_refused_upload_leaves_a_plan_as_it_was(backend, monkeypatch):
+    """While a graph is captured gradients of another alignment need another table."""
+    weight, grad = draw((24, 40), torch.float32, 90), draw((24, 40), torch.float32, 91)
+    other = draw((24, 40), torch.float32, 92, aligned=False)
+    outs = [torch.zeros(1, 24) for _ in range(2)]
+    plan = backend.plan_saliency([Matrices(weight, grad, 0, 1, out) for out in outs], 1)
+
+    def refuse(values, device):
+        raise NirvanaError("captured")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(backend, "upload", refuse)
+        with pytest.raises(NirvanaError):
+            plan([other, other])
+    expected = torch.zeros(1, 24)
+    for given, read in ((None, grad), ([other, other], other)):
+        plan(given)
+        backend.saliency([Matrices(weight, read, 0, 1, expected)], 1)
+        assert all(torch.equal(out, expected) for out in outs)
 
 
 @pytest.mark.parametrize("count", [1, 5])

@@ -269,6 +269,19 @@ def test_a_plan_is_not_compiled(device, fullgraph):
         plan_group_saliency([SaliencyEntry(*(torch.empty(6, 10) for _ in range(2)), 0, 1, torch.empty(6))])
 
 
+@pytest.mark.parametrize("fake", ["grad", "out"])
+def test_no_kernel_gets_a_tensor_without_memory(device, fake):
+    """One of a call is enough to kill the process, were the others taken for the whole of it."""
+    entry = SaliencyEntry(*pair(device, 6, 10), 0, 1, torch.zeros(6, device=device))
+    entry = entry._replace(**{fake: FakeTensorMode().from_tensor(getattr(entry, fake))})
+    with pytest.raises(AssertionError, match="Please convert all Tensors to FakeTensors"):
+        group_saliency(*entry[:2], axis=0, group=1, out=entry.out)
+    with pytest.raises(AssertionError, match="Please convert all Tensors to FakeTensors"):
+        foreach_group_saliency([entry])
+    with pytest.raises(RuntimeError, match="cannot be compiled or exported"):
+        plan_group_saliency([entry])
+
+
 class Everything(nn.Module):
     def __init__(self):
         super().__init__()

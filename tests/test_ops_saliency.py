@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
+import pickle
 import random
 import re
+import weakref
 
 import pytest
 import torch
@@ -713,6 +716,47 @@ def test_a_plan_holds_its_memory(device):
     plan()
     assert out.isfinite().all()
     del memory
+
+
+def test_a_plan_lets_go_of_gradients_that_others_have_replaced():
+    class Memory(bytearray):
+        """Unlike tensors, whose aliases live on, it can tell."""
+
+    weight, other, out = torch.ones(6, 8), torch.ones(6, 8), torch.zeros(6)
+    memory = Memory(weight.nbytes)
+    alive = weakref.ref(memory)
+    grad = torch.frombuffer(memory, dtype=torch.float32).view(6, 8)
+    plan = plan_group_saliency([SaliencyEntry(weight, grad, 0, 1, out)] * 2)
+    del grad, memory
+    assert alive() is not None
+    plan(grads=[other, other])
+    assert alive() is None
+    plan()
+    assert out.tolist() == [32.0] * 6
+
+
+@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, pickle.dumps])
+def test_a_plan_is_not_copied(device, copied):
+    """A copy would write to the memory of the first one, in another process to anyone's."""
+    one, out = torch.ones(4, 6, device=device), torch.zeros(6, device=device)
+    plan = plan_group_saliency([SaliencyEntry(one, one, 1, 1, out)])
+    with pytest.raises(TypeError, match="cannot be copied or pickled: make another one of the same entries"):
+        copied(plan)
+
+
+def test_entries_may_come_from_an_iterator(device):
+    one, outs = torch.ones(4, 6, device=device), [torch.zeros(6, device=device) for _ in range(2)]
+    plan_group_saliency(SaliencyEntry(one, one, 1, 1, out) for out in outs)()
+    foreach_group_saliency(SaliencyEntry(one, one, 1, 1, out) for out in outs)
+    assert all(out.tolist() == [8.0] * 6 for out in outs)
+
+
+def test_a_plan_made_in_inference_mode_takes_gradients_outside(device):
+    one, outs = torch.ones(4, 6, device=device), [torch.zeros(6, device=device) for _ in range(2)]
+    with torch.inference_mode():
+        plan = plan_group_saliency([SaliencyEntry(one, one, 1, 1, out) for out in outs])
+    plan(grads=[one + one, one + one])
+    assert all(out.tolist() == [8.0] * 6 for out in outs)
 
 
 def test_a_plan_of_nothing(device):

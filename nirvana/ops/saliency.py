@@ -76,7 +76,7 @@ def group_saliency(
     if out is not None:
         _check_out(out, shape, weight)
     with torch.no_grad():
-        if traced(weight):
+        if traced(weight, grad, out):
             sums = torch.ops.nirvana.group_saliency(weight, grad, axis, group, mask)
         elif out is not None and out.is_contiguous() and (order is None or order == sorted(order)):
             _launch([normal_form(weight, grad, axis, group, out.view(mask.bit_count(), shape[-1]))], mask)
@@ -101,11 +101,12 @@ def foreach_group_saliency(entries: Sequence[SaliencyEntry], *, statistics: str 
     Raises:
         ValueError: an entry does not fit; the message counts entries from 0.
     """
+    entries = list(entries)
     mask = check_entries(entries, statistics)
     outs, targets = targets_of(entries)
     columns = [list(column) for column in zip(*(entry[:4] for entry in entries), strict=True)] or [[], [], [], []]
     with torch.no_grad():
-        if traced(*(entry.weight for entry in entries)):
+        if traced(*outs, *columns[0], *columns[1]):
             torch.ops.nirvana.foreach_group_saliency_(outs, targets, *columns, mask)
         else:
             _foreach(outs, targets, *columns, mask)

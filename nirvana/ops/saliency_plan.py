@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import NoReturn
 
 import torch
 from torch import Tensor
@@ -19,7 +20,9 @@ class SaliencyPlan:
     ``plan(grads=[...])`` does so with other gradients, one an entry, on the same device, of the types, shapes and
     strides of the first ones, which must be equal (ValueError); they stay those of the plan. Nothing else is checked,
     and nothing is copied to a GPU but the addresses of new gradients. So ``plan()`` can be captured in a CUDA graph, on
-    whose replays it reads the tensors anew; ``plan(grads=...)`` cannot, unless the plan has one entry alone.
+    whose replays it reads the tensors anew; ``plan(grads=...)`` cannot, unless the plan has one entry alone. A graph
+    does not hold the plan, and knows the tables and gradients of its capture alone: keep the plan as long as the graph
+    is replayed, and give it no other gradients meanwhile. A plan can neither be copied nor pickled.
 
     A plan holds the memory of its tensors, of gradients that of the last ones, and reads and writes that memory even
     if a tensor has been given another (``parameter.data = ...``). Run it on the stream on which it was made, or on one
@@ -40,11 +43,12 @@ class SaliencyPlan:
         ]
         self._forms = [None if entry.grad is None else _form(entry.grad) for entry in entries]
         self._full = [number for number, entry in enumerate(table) if entry.weight.numel()]
-        self._table = [table[number] for number in self._full]
-        self._grads: Sequence[Tensor | None] | None = None
+        table = [table[number] for number in self._full]
+        self._held = [(entry.weight, entry.out) for entry in table]
+        self._grads: object = [entry.grad for entry in table]
         self._run = None
-        if self._table:
-            self._run = choose(self._table[0].weight.device).plan_saliency(self._table, statistics)
+        if table:
+            self._run = choose(table[0].weight.device).plan_saliency(table, statistics)
 
     def __call__(self, grads: Sequence[Tensor | None] | None = None) -> None:
         _refuse_tracing(grads or ())
@@ -54,9 +58,15 @@ class SaliencyPlan:
             full = [_matrix(grads[number]) for number in self._full]
         if self._run is None:
             return
+        held = full or self._grads
+        self._grads = [self._grads, held]  # whichever the addresses are of, should the call fail
         with torch.no_grad():
             self._run(full)
-        self._grads = full or self._grads
+        self._grads = held
+
+    def __reduce_ex__(self, protocol: object) -> NoReturn:
+        # A copy would write to the addresses of this one.
+        raise TypeError("a plan of group_saliency cannot be copied or pickled: make another one of the same entries")
 
     def _check(self, grads: Sequence[Tensor | None]) -> None:
         if len(grads) != len(self._forms):
@@ -84,7 +94,8 @@ def plan_group_saliency(
         ValueError: an entry does not fit; the message counts entries from 0.
         RuntimeError: inside of what torch.compile or export traces.
     """
-    _refuse_tracing([entry.weight for entry in entries])
+    entries = list(entries)  # an iterator would be empty the second time
+    _refuse_tracing(tensor for entry in entries for tensor in (entry.weight, entry.grad, entry.out))
     mask = check_entries(entries, statistics, _check_in_place)
     targets_of(entries)
     return SaliencyPlan(entries, mask)
@@ -110,8 +121,8 @@ def _matrix(grad: Tensor | None) -> Tensor | None:
     return grad[None] if grad.dim() == 1 else grad
 
 
-def _refuse_tracing(tensors: Sequence[Tensor | None]) -> None:
-    if traced(*(tensor for tensor in tensors if tensor is not None)):
+def _refuse_tracing(tensors: Iterable[Tensor | None]) -> None:
+    if traced(*tensors):
         raise RuntimeError(
             "a plan of group_saliency cannot be compiled or exported: call it outside, or foreach_group_saliency inside"
         )

@@ -29,10 +29,12 @@ LIBRARY.define(
 )
 
 
-def traced(*tensors: Tensor) -> bool:
-    """Whether a call is only recorded (compiled, exported, fake tensors), which is what the dispatcher is for."""
+def traced(*tensors: Tensor | None) -> bool:
+    """Whether a call is only recorded (compiled, exported, fake tensors), which is what the dispatcher is for. Of all
+    tensors of a call: a single one without memory must reach no kernel."""
     return torch.compiler.is_compiling() or any(
-        type(tensor) is not Tensor and not isinstance(tensor, torch.nn.Parameter) for tensor in tensors
+        tensor is not None and type(tensor) is not Tensor and not isinstance(tensor, torch.nn.Parameter)
+        for tensor in tensors
     )
 
 

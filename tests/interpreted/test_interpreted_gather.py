@@ -59,6 +59,21 @@ def test_rows_lie_apart_at_any_address(axis, offset):
     assert equal_bits(gather_slice(raw, [2, 0], axis=axis, unit=4), expected(raw, [2, 0], axis, 4))
 
 
+@pytest.mark.parametrize("gap", [1, 2, 8])
+def test_wide_rows_that_lie_a_few_integers_apart(gap):
+    """Addresses and results of whole vectors, rows of none: a hint of 16 integers would be false."""
+    weight = draw_bits((12, 64 + gap), torch.float64, "cpu", 5)[:, :64]
+    assert equal_bits(gather_slice(weight, [2, 0], axis=0, unit=4), expected(weight, [2, 0], 0, 4))
+
+
+def test_units_of_one_and_of_two_integers_share_a_launch():
+    """Two bf16 columns are one integer of 32 bits, two fp32 ones of rows that lie 36 bytes apart are two."""
+    narrow, wide = draw_bits((6, 8), torch.bfloat16, "cpu", 6), draw_bits((6, 9), torch.float32, "cpu", 7)[:, :8]
+    for weights in ([narrow, wide], [wide, narrow]):
+        for ours, weight in zip(gather_slice(weights, [3, 0], axis=1, unit=2), weights, strict=True):
+            assert equal_bits(ours, expected(weight, [3, 0], 1, 2))
+
+
 @pytest.mark.parametrize("axis", [0, 1])
 def test_several_shapes_and_types_share_kept(axis, monkeypatch):
     monkeypatch.setattr(gather, "SEARCH", 2)

@@ -9,7 +9,8 @@ import torch
 from operators import DTYPES, draw, short
 from torch import Tensor
 
-from nirvana.kernels import config, saliency
+from nirvana.errors import NirvanaError
+from nirvana.kernels import config, saliency, table
 from nirvana.kernels.table import Table
 from nirvana.ops import STATISTICS, SaliencyEntry, foreach_group_saliency, group_saliency, plan_group_saliency
 from nirvana.ops.backends import Matrices
@@ -190,6 +191,31 @@ def test_a_plan_has_the_bits_of_a_table(names):
         ]
         foreach_group_saliency(table, statistics=names)
         assert all(torch.equal(one, other) for one, other in zip(ours, theirs, strict=True))
+
+
+def test_a_refused_upload_leaves_a_plan_as_it_was(monkeypatch):
+    """While a graph is captured gradients of another alignment need another table."""
+    entries = [SaliencyEntry(*both((16, 32), MIXES[0], seed), 0, 1, torch.zeros(16)) for seed in (40, 42)]
+    others = [draw((16 * 32 + 1,), torch.float32, "cpu", seed)[1:].view(16, 32) for seed in (44, 45)]
+    plan = plan_group_saliency(entries)
+
+    def refuse(values, device):
+        raise NirvanaError("captured")
+
+    with monkeypatch.context() as patch:
+        for module in (saliency, table):
+            patch.setattr(module, "upload", refuse)
+        with pytest.raises(NirvanaError):
+            plan(grads=others)
+    for grads in (None, others):
+        expected = [
+            group_saliency(entry.weight, grad, axis=0, group=1, out=entry.out.clone())
+            for entry, grad in zip(entries, grads or [entry.grad for entry in entries], strict=True)
+        ]
+        plan(grads=grads)
+        assert all(torch.equal(entry.out, sums) for entry, sums in zip(entries, expected, strict=True))
+    # The interpreter reads any address: a GPU would not read these with what was compiled for the first ones.
+    assert not plan._run._launches[0].options["ALIGNED"]
 
 
 @pytest.mark.parametrize("length", [1, 37, 300])

@@ -73,14 +73,16 @@ def saliency(table: Sequence[Matrices], statistics: int) -> None:
 
 
 def plan_saliency(table: Sequence[Matrices], statistics: int) -> _Planned:
-    return _Planned(table, statistics)
+    planned = _Planned(table, statistics)
+    planned.table = [entry._replace(grad=None) for entry in table]  # whoever replaces gradients may let go of them
+    return planned
 
 
 class _Planned:
     """Tables on the device, or where there is one entry its numbers."""
 
     def __init__(self, table: Sequence[Matrices], statistics: int):
-        self._table, self._statistics = table, statistics
+        self.table, self._statistics = table, statistics
         self._device = table[0].weight.device
         self._lay_out()
 
@@ -100,8 +102,8 @@ class _Planned:
 
     def _lay_out(self) -> None:
         self._parts = []
-        self._addresses = [0 if entry.grad is None else entry.grad.data_ptr() for entry in self._table]
-        for part in _independent(self._table):
+        self._addresses = [0 if entry.grad is None else entry.grad.data_ptr() for entry in self.table]
+        for part in _independent(self.table):
             plan = build_table(part, self._statistics)
             self._parts.append((plan, None if plan.entries == 1 else upload(plan.values, self._device)))
 
@@ -110,13 +112,14 @@ class _Planned:
         moved = any((old ^ new) % _VECTOR_BYTES for old, new in zip(before, addresses, strict=True))
         plan, on_device = self._parts[0]
         if moved or len(self._parts) > 1 or on_device is None:
-            # Another alignment may mean another access, and a part of one entry is its numbers.
-            self._table = [entry._replace(grad=grad) for entry, grad in zip(self._table, grads, strict=True)]
-            self._lay_out()
+            # Another alignment may mean another access, and a part of one entry is its numbers. All or nothing: an
+            # upload may be refused.
+            table = [entry._replace(grad=grad) for entry, grad in zip(self.table, grads, strict=True)]
+            vars(self).update(vars(plan_saliency(table, self._statistics)))
             return
-        self._addresses = addresses
         entries = on_device[: plan.entries * FIELDS].view(plan.entries, FIELDS)
         entries[:, 1].copy_(upload(addresses, self._device))
+        self._addresses = addresses
 
 
 def gather(weights: Sequence[Tensor], kept: Tensor, axis: int, unit: int, outs: Sequence[Tensor]) -> None:

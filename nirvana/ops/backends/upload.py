@@ -17,6 +17,11 @@ def upload(values: Sequence[int], device: torch.device) -> Tensor:
         NirvanaError: a CUDA graph is being captured. Each replay would copy again from memory that is given back when
             this call returns.
     """
+    with torch.inference_mode(False):  # a plan that was made inside of it is given other gradients outside
+        return _upload(values, device)
+
+
+def _upload(values: Sequence[int], device: torch.device) -> Tensor:
     if device.type != "cuda":
         return torch.tensor(values, dtype=torch.int64, device=device)
     if torch.cuda.is_current_stream_capturing():
