@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -91,6 +92,26 @@ class ScaledDotProductSpy(torch.autograd.Function):
 
 class Product(ScaledDotProductSpy):
     pass
+
+
+@pytest.fixture
+def untouched() -> Iterator[None]:
+    """Settings of fp32 products as torch starts, before and after."""
+    assert (torch.backends.fp32_precision, MATMUL.fp32_precision) == ("none", "none")
+    yield
+    torch.backends.fp32_precision = MATMUL.fp32_precision = "none"
+
+
+@pytest.mark.parametrize("common", ["none", "ieee", "tf32"])
+@pytest.mark.parametrize("own", ["none", "ieee", "tf32"])
+def test_a_setting_that_products_inherit_stays_inherited(own, common, untouched):
+    torch.backends.fp32_precision, MATMUL.fp32_precision = common, own
+    with exact(CPU):
+        assert MATMUL.fp32_precision == "ieee"
+    assert torch.backends.fp32_precision == common
+    for later in ("ieee", "tf32"):
+        torch.backends.fp32_precision = later
+        assert MATMUL.fp32_precision == (later if own == "none" else own)
 
 
 @pytest.mark.parametrize("cut", [False, True])

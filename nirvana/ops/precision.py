@@ -25,7 +25,8 @@ def exact(devices: Collection[torch.device]) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         # The setting of torch 2.9 and later: one that was made with it cannot be read as `allow_tf32`.
         if hasattr(matmul, "fp32_precision"):
-            stack.enter_context(_set(matmul, "fp32_precision", "ieee"))
+            own = "none" if _inherited() else matmul.fp32_precision
+            stack.enter_context(_set(matmul, "fp32_precision", "ieee", own))
         else:
             stack.enter_context(_set(matmul, "allow_tf32", False))
         for name in _REDUCTIONS:
@@ -38,6 +39,18 @@ def exact(devices: Collection[torch.device]) -> Iterator[None]:
         if any(device.type == "cuda" for device in devices):
             stack.enter_context(_repeatable_attention())
         yield
+
+
+def _inherited() -> bool:
+    """Whether fp32 products follow `torch.backends.fp32_precision`. To read their own setting does not tell: it is then
+    that one, and to write it back would make it their own, which the caller's next change would not reach."""
+    matmul, common = torch.backends.cuda.matmul, torch.backends.fp32_precision
+    found = matmul.fp32_precision
+    try:
+        torch.backends.fp32_precision = "tf32" if found == "ieee" else "ieee"
+        return matmul.fp32_precision != found
+    finally:
+        torch.backends.fp32_precision = common
 
 
 @contextlib.contextmanager
