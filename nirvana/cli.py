@@ -101,6 +101,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             finally:
                 # A second Ctrl-C has nothing left to interrupt.
                 interruptions.over = True
+        except BrokenPipeError:
+            code = 1  # the reader has gone, which without buffers is found while printing
         except (NirvanaError, OSError) as error:
             # An OSError that nobody has put into words is about a name or a place that the user gave: too long, no
             # access.
