@@ -12,7 +12,7 @@ import contextlib
 import math
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -63,8 +63,13 @@ class Settings:
     strict: bool = True
 
     @property
+    def left(self) -> float:
+        """Seconds until nothing further is to be started; infinite without a limit."""
+        return math.inf if self.seconds is None else self.started + self.seconds - time.monotonic()
+
+    @property
     def late(self) -> bool:
-        return self.seconds is not None and time.monotonic() - self.started > self.seconds
+        return self.left < 0
 
 
 @dataclass(frozen=True)
@@ -178,8 +183,8 @@ class Clock:
 
     #: Bytes; more than four times the L2 of any GPU so far.
     FLUSH = 2**29
-    #: Reading these takes longer (125 to 180 us each at 3 to 4.3 TB/s) than Python needs to launch a kernel (68 us for
-    #: `group_saliency`), so that the time between the events is the device's and not the interpreter's.
+    #: Reading these takes longer (125 to 180 us each at 3 to 4.3 TB/s) than Python needs to launch a kernel (up to 75
+    #: us for `group_saliency`), so that the time between the events is the device's and not the interpreter's.
     FLUSHES = 4
 
     def __init__(self, device: str):
@@ -258,6 +263,11 @@ def assert_equal(way: Way, result: Tensor, exact: Tensor) -> None:
     """Raise WrongResultError unless the bits are equal."""
     if result.shape != exact.shape or not torch.equal(_bits(result), _bits(exact)):
         raise WrongResultError(f"{way.name} is wrong: its bits are not those of the kept units")
+
+
+def same_bits(first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> bool:
+    """Whether two sets of scores are equal to the last bit, and none is NaN."""
+    return all(torch.equal(values, second[block]) for block, values in first.items())
 
 
 def _bits(tensor: Tensor) -> Tensor:

@@ -14,7 +14,6 @@ novels), and ``index.json``: the configuration, and the size and SHA-256 of ever
 from __future__ import annotations
 
 import argparse
-import hashlib
 import io
 import json
 import sys
@@ -30,6 +29,7 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from nirvana import models
 from nirvana.calibration import load_batch
+from nirvana.checkpoint.sums import sha256
 from nirvana.errors import NirvanaError
 from nirvana.parameters import auto_class
 
@@ -68,7 +68,7 @@ def pack(name: str, folder: str | Path, piece: int = PIECE) -> list[Path]:
         "version": VERSION,
         "model": name,
         "config": model.config.to_dict(),
-        "files": {file.name: {"bytes": file.stat().st_size, "sha256": _sha256(file)} for file in files},
+        "files": {file.name: {"bytes": file.stat().st_size, "sha256": sha256(file)} for file in files},
     }
     (folder / INDEX).write_text(json.dumps(index, indent=2, default=str) + "\n")
     return [*files, folder / INDEX]
@@ -184,7 +184,7 @@ def _check(file: Path, about: dict[str, Any]) -> None:
     size = file.stat().st_size
     if size != about["bytes"]:
         raise NirvanaError(f"{file} has {size:,} bytes instead of {about['bytes']:,}; send it again")
-    if _sha256(file) != about["sha256"]:
+    if sha256(file) != about["sha256"]:
         raise NirvanaError(f"{file} is damaged or of another model: its SHA-256 is not that of {INDEX}; send it again")
 
 
@@ -197,10 +197,6 @@ def _config(values: dict[str, Any]) -> PreTrainedConfig:
 
 def _is_ours(file: Path) -> bool:
     return file.name in (INDEX, TOKENS) or (file.name.startswith("model-") and file.suffix == ".npz")
-
-
-def _sha256(file: Path) -> str:
-    return hashlib.sha256(file.read_bytes()).hexdigest()
 
 
 def main() -> int:

@@ -63,7 +63,7 @@ def grow(settings: Settings, folder: str | None = None) -> Iterator[dict[str, An
             way = f"{device}, {backend}"
             before = sum(record["seconds"] for record in times if record["way"] == way)
             # One that is killed in the middle would make a failure of what the others have found.
-            if settings.late or (settings.seconds is not None and _left(settings) < 2 * before):
+            if settings.late or settings.left < 2 * before:
                 note = f"{len(times)} of {len(dtypes) * len(ways)} ways in its time"
                 yield _document(settings, times, pairs) | {"note": note}
                 return
@@ -74,10 +74,6 @@ def grow(settings: Settings, folder: str | None = None) -> Iterator[dict[str, An
                 pairs.append(_compare(str(dtype)[6:], other, done[other], way, found))
             done[way] = found
             yield _document(settings, times, pairs)
-
-
-def _left(settings: Settings) -> float:
-    return settings.started + settings.seconds - time.monotonic()
 
 
 def _score(

@@ -82,8 +82,16 @@ class Result:
 
 
 def save(file: str | Path, document: dict[str, Any] | None, outcome: str | None = None) -> None:
-    """Write a file whole or not at all: its writer may be killed at any time."""
-    text = json.dumps({"outcome": outcome, "document": document})
+    """What a stage has so far. Its process may be killed at any time."""
+    replace(file, json.dumps({"outcome": outcome, "document": document}))
+
+
+def replace(file: str | Path, text: str) -> None:
+    """Whole or not at all, and no wait for the disk: stages write while others are timed.
+
+    Raises:
+        OSError: the disk refuses.
+    """
     partial = Path(f"{file}.part")
     partial.write_text(text)
     os.replace(partial, file)

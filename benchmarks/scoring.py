@@ -134,7 +134,7 @@ def grow(settings: Settings, name: str = "Llama-3.1-8B", examples: int = EXAMPLE
         records = [_record(way, medians, weights) for way in WAYS]
         headlines = [f"{title}: {_headline(record)}" for record in records]
         result = harness.document("scoring", settings, [], **{title: records})
-        if way == "nirvana, checkpointed" and len(scores) == 2 and not _same_bits(*scores.values()):
+        if way == "nirvana, checkpointed" and len(scores) == 2 and not harness.same_bits(*scores.values()):
             failures.append("scores of checkpointed layers have other bits")
         agreement = _agreement(scores) if {"reference", "nirvana"} <= scores.keys() else None
         more = {"weights_bytes": weights, "same_lowest_fifth": agreement, "headlines": headlines, "failures": failures}
@@ -162,7 +162,7 @@ def _measure(
         watch = Stopwatch(settings.device)
         with Peak(settings.device) as peak:
             scores = score(model, tokens, watch)
-        if way != "reference" and before is not None and not _same_bits(before, scores):
+        if way != "reference" and before is not None and not harness.same_bits(before, scores):
             raise WrongResultError(f"{way}: other bits in round {turn}")
         before = scores
         plan = nirvana.allocate(_portable(scores), architecture, sparsity=SPARSITY)
@@ -194,10 +194,6 @@ def _headline(record: dict[str, Any]) -> str:
     line = f"{record['way']} {record['pass_ms'] / 1e3:.3f} s, peak {record['peak_bytes'] / 1e9:.1f} GB"
     ratio = record["pass_times_faster"]
     return line if ratio is None else f"{line}, x{ratio:.2f}"
-
-
-def _same_bits(first: Scores, second: Scores) -> bool:
-    return all(torch.equal(values, second[block]) for block, values in first.items())
 
 
 def _portable(scores: Scores) -> Scores:

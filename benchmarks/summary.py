@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 from pathlib import Path
 from typing import Any
 
-from nirvana.benchmarks import report
+from nirvana.benchmarks import report, runner
 from nirvana.benchmarks.runner import Result
 
 FORMAT, VERSION = "nirvana-gpu", 1
@@ -55,8 +54,8 @@ class Summary:
             for r in self.results
         }
         files = [self.json_file, self.markdown_file]
-        _replace(files[0], json.dumps(whole, indent=1) + "\n")
-        _replace(files[1], self._markdown())
+        runner.replace(files[0], json.dumps(whole, indent=1) + "\n")
+        runner.replace(files[1], self._markdown())
         # Named before a stage had told what machine this is.
         for file in {*self._written} - {*files}:
             file.unlink(missing_ok=True)
@@ -138,10 +137,3 @@ def _set_beside(job: dict[str, Any], copy: float | None, peak: float | None) -> 
         speed = mine["gb_per_s"] / 1e3
         mine["of_copy"] = speed / copy if copy else None
         mine["of_peak"] = speed / peak if peak else None
-
-
-def _replace(file: Path, text: str) -> None:
-    """Whole or not at all."""
-    partial = file.with_name(f"{file.name}.part")
-    partial.write_text(text)
-    os.replace(partial, file)

@@ -144,9 +144,7 @@ def _sanitize(tool: str, settings: Settings, **environment: str) -> dict[str, An
 
 def call(command: list[str], settings: Settings, show: bool = True, **environment: str) -> tuple[int | None, str]:
     """Exit code and output of a program, which is also printed; None as the code where its time was not enough."""
-    left = None
-    if settings.seconds is not None:
-        left = max(1.0, settings.started + settings.seconds - time.monotonic())
+    left = None if settings.seconds is None else max(1.0, settings.left)
     try:
         run = subprocess.run(
             command,

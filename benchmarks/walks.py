@@ -50,10 +50,7 @@ def run(settings: Settings) -> dict[str, Any]:
                 failures.append(f"{name}: {type(error).__name__}: {error}")
                 continue
             error = max(_error(first[block], values) for block, values in exact.items())
-            same, same_checkpointed = (
-                all(torch.equal(values, other[block]) for block, values in first.items())
-                for other in (second, checkpointed)
-            )
+            same, same_checkpointed = (harness.same_bits(first, other) for other in (second, checkpointed))
             records.append({"scores": name, "error": error, "again": same, "checkpointed": same_checkpointed})
             if not error <= tolerance:
                 failures.append(f"{name}: relative error {error:.2g} against float64, {tolerance:g} allowed")
